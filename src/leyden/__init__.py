@@ -1,0 +1,52 @@
+"""leyden: deep-learning training for PyTorch. You write the research code, the engine does the rest."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from leyden.callbacks.callback import Callback as Callback
+    from leyden.checkpoint.format import load_checkpoint as load_checkpoint
+    from leyden.datamodule import LightningDataModule as LightningDataModule
+    from leyden.module import LightningModule as LightningModule
+    from leyden.seed import seed_everything as seed_everything
+    from leyden.trainer import Trainer as Trainer
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "Callback": "leyden.callbacks.callback",
+    "LightningDataModule": "leyden.datamodule",
+    "LightningModule": "leyden.module",
+    "Trainer": "leyden.trainer",
+    "load_checkpoint": "leyden.checkpoint.format",
+    "seed_everything": "leyden.seed",
+}
+_SUBMODULES = ("callbacks", "loggers")
+
+__all__ = [
+    "Callback",
+    "LightningDataModule",
+    "LightningModule",
+    "Trainer",
+    "__version__",
+    "load_checkpoint",
+    "seed_everything",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Names are imported when they are first used, so that `import leyden` costs nothing beyond torch.
+    if name in _PLACES:
+        value = getattr(importlib.import_module(_PLACES[name]), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"leyden.{name}")
+    else:
+        raise AttributeError(f"module 'leyden' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES, *_SUBMODULES})

@@ -1,0 +1,58 @@
+"""Callbacks: `Callback` to subclass, and the ones that come with leyden, each loaded on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from leyden.callbacks.callback import Callback
+    from leyden.callbacks.early_stopping import EarlyStopping
+    from leyden.callbacks.gradient_accumulation import GradientAccumulationScheduler
+    from leyden.callbacks.lambda_callback import LambdaCallback
+    from leyden.callbacks.learning_rate_monitor import LearningRateMonitor
+    from leyden.callbacks.model_checkpoint import ModelCheckpoint
+    from leyden.callbacks.model_summary import ModelSummary
+    from leyden.callbacks.prediction_writer import BasePredictionWriter
+    from leyden.callbacks.progress_bar import ProgressBar, RichProgressBar
+    from leyden.callbacks.timer import Timer
+
+__all__ = [
+    "BasePredictionWriter",
+    "Callback",
+    "EarlyStopping",
+    "GradientAccumulationScheduler",
+    "LambdaCallback",
+    "LearningRateMonitor",
+    "ModelCheckpoint",
+    "ModelSummary",
+    "ProgressBar",
+    "RichProgressBar",
+    "Timer",
+]
+
+_MODULES = {
+    "BasePredictionWriter": "prediction_writer",
+    "Callback": "callback",
+    "EarlyStopping": "early_stopping",
+    "GradientAccumulationScheduler": "gradient_accumulation",
+    "LambdaCallback": "lambda_callback",
+    "LearningRateMonitor": "learning_rate_monitor",
+    "ModelCheckpoint": "model_checkpoint",
+    "ModelSummary": "model_summary",
+    "ProgressBar": "progress_bar",
+    "RichProgressBar": "progress_bar",
+    "Timer": "timer",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value  # the next access is a plain dict look-up
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,125 @@
+"""The state of a run, part by part: captured into one dict, applied from one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from leyden.errors import CheckpointError, warn
+from leyden.seed import capture_random_state, restore_random_state
+
+if TYPE_CHECKING:
+    from leyden.callbacks.callback import Callback
+    from leyden.datamodule import LightningDataModule
+    from leyden.module import LightningModule
+    from leyden.run import Run
+    from leyden.trainer import Trainer
+
+
+def capture(
+    trainer: Trainer,
+    module: LightningModule,
+    datamodule: LightningDataModule | None,
+    callbacks: Sequence[Callback],
+    run: Run | None,
+    weights_only: bool,
+) -> dict[str, Any]:
+    """Return the state as one dict with the keys that hooks know.
+
+    Args:
+        trainer: passed to callbacks.
+        module: whose weights.
+        datamodule: whose state.
+        callbacks: whose states.
+        run: the training that is going on; None leaves its part out.
+        weights_only: whether to leave out everything that only training needs.
+    """
+    saved = module._saved_hyperparameters
+    checkpoint: dict[str, Any] = {
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        "state_dict": module.state_dict(),
+        "hyper_parameters": dict(saved.values),
+        "hparams_name": saved.name,
+        "hparams_omitted": dict(saved.omitted),
+    }
+    if datamodule is not None:
+        checkpoint["datamodule_hyper_parameters"] = dict(datamodule.hparams)
+    if not weights_only and run is not None:
+        checkpoint["optimizer_states"] = [handle.optimizer.state_dict() for handle in run.handles]
+        checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in run.schedulers]
+        checkpoint["scaler"] = run.scaler.scaler.state_dict() if run.scaler is not None else None
+        checkpoint["progress"] = run.progress.state_dict()
+        checkpoint["callbacks"] = {
+            callback.state_key: state for callback in callbacks if (state := callback.state_dict())
+        }
+        checkpoint["random_state"] = capture_random_state(run.device)
+        if datamodule is not None and (state := datamodule.state_dict()):
+            checkpoint[type(datamodule).__qualname__] = state
+    for callback in callbacks:
+        callback.on_save_checkpoint(trainer, module, checkpoint)
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def apply_weights(
+    trainer: Trainer, module: LightningModule, callbacks: Sequence[Callback], checkpoint: dict[str, Any], path: str
+) -> None:
+    """Give the module the weights of a checkpoint.
+
+    Raises:
+        CheckpointError: if names or shapes do not fit; the message is torch's, with the file's name.
+    """
+    for callback in callbacks:
+        callback.on_load_checkpoint(trainer, module, checkpoint)
+    module.on_load_checkpoint(checkpoint)
+    try:
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit {type(module).__name__}: {error}") from error
+
+
+def apply_training(
+    callbacks: Sequence[Callback],
+    datamodule: LightningDataModule | None,
+    run: Run,
+    checkpoint: dict[str, Any],
+    path: str,
+) -> None:
+    """Give the run the rest of a checkpoint: optimizers, schedulers, counters, callbacks, random state.
+
+    Raises:
+        CheckpointError: if the checkpoint has weights only, or other optimizers.
+    """
+    if "optimizer_states" not in checkpoint or "progress" not in checkpoint:
+        raise CheckpointError(
+            f"{path} holds weights only, so training cannot go on from it. To start anew from its weights: "
+            "model.load_state_dict(leyden.load_checkpoint(path)['state_dict']), then fit without ckpt_path."
+        )
+    for key, here in (("optimizer_states", run.handles), ("lr_schedulers", run.schedulers)):
+        if len(checkpoint[key]) != len(here):
+            raise CheckpointError(
+                f"{path} has {len(checkpoint[key])} {key.replace('_', ' ')}, but configure_optimizers made {len(here)}."
+            )
+    for handle, state in zip(run.handles, checkpoint["optimizer_states"], strict=True):
+        try:
+            handle.optimizer.load_state_dict(state)
+        except ValueError as error:
+            raise CheckpointError(f"{path} does not fit {type(handle.optimizer).__name__}: {error}") from error
+    for config, state in zip(run.schedulers, checkpoint["lr_schedulers"], strict=True):
+        config.scheduler.load_state_dict(state)
+    if run.scaler is not None and checkpoint.get("scaler"):
+        run.scaler.scaler.load_state_dict(checkpoint["scaler"])
+    run.progress.load_state_dict(checkpoint["progress"])
+    run.progress.start_epoch()
+    states = dict(checkpoint.get("callbacks", {}))
+    for callback in callbacks:
+        if callback.state_key in states:
+            callback.load_state_dict(states.pop(callback.state_key))
+    if states:
+        warn(
+            "callback-state", f"{path} has the state of callbacks that this Trainer does not have: {', '.join(states)}."
+        )
+    if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
+        datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
+    restore_random_state(checkpoint["random_state"], run.device)

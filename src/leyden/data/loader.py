@@ -1,0 +1,214 @@
+"""Loaders as the loop sees them: a length that can be trusted, a limit, and how many batches follow."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from leyden.data.combined import CombinedLoader
+from leyden.errors import DataError, warn
+
+_TORCH_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
+
+Move = Callable[[Any, int], Any]
+
+
+@dataclass
+class Source:
+    """One loader of one stage.
+
+    Attributes:
+        loader: what the user gave.
+        name: the hook that gave it, for messages.
+        total: batches that are read per epoch, after the limit; inf if the loader has no length.
+        exact: whether the loader's length can be trusted, so that no batch need be read ahead.
+    """
+
+    loader: Any
+    name: str
+    total: float
+    exact: bool
+
+    def batches(self, move: Move | None, index: int = 0, start: int = 0, ahead: int = 1) -> Iterator[tuple[Any, int]]:
+        """Iterate over ``(batch, following)`` of one epoch.
+
+        Args:
+            move: what brings a batch to the device; None leaves it.
+            index: the number of this loader among several.
+            start: batches to pass over, because they were trained on before a restart.
+            ahead: how far ahead to read where the length cannot be trusted: a window of accumulated batches must
+                know its size from its first batch on.
+
+        Yields:
+            The batch, and how many are known to follow it: all of them, or up to ``ahead``.
+        """
+        loader = self.loader
+        iterator = loader.batches() if isinstance(loader, CombinedLoader) else iter(loader)
+        if start:
+            next(islice(iterator, start - 1, start), None)
+        if self.total != math.inf and self.exact:
+            following = int(self.total) - start
+            for batch in islice(iterator, following):
+                following -= 1
+                yield (batch if move is None else move(batch, index)), following
+            return
+        if self.total != math.inf:
+            iterator = islice(iterator, int(self.total) - start)
+        read = deque(islice(iterator, ahead + 1))
+        while read:
+            batch = read.popleft()
+            yield (batch if move is None else move(batch, index)), len(read)
+            read.extend(islice(iterator, 1))
+
+
+def length_of(loader: Any) -> float:
+    """The loader's number of batches; inf if it has no length."""
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, IterableDataset) and not hasattr(dataset, "__len__"):
+        return math.inf
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return math.inf
+
+
+def has_exact_length(loader: Any) -> bool:
+    """Whether the loader surely gives as many batches as its length says: torch's own samplers do."""
+    if isinstance(loader, (list, tuple)):
+        return True
+    if isinstance(loader, CombinedLoader):
+        return all(has_exact_length(part) for part in loader.flattened)
+    if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
+        return False
+    if loader.batch_sampler is None:
+        return type(loader.sampler) in _TORCH_SAMPLERS
+    return type(loader.batch_sampler) is BatchSampler and type(loader.batch_sampler.sampler) in _TORCH_SAMPLERS
+
+
+def make_source(loader: Any, name: str, limit: int | float, limit_name: str) -> Source:
+    """Check one loader and apply the limit.
+
+    Args:
+        loader: a `DataLoader` or any iterable of batches.
+        name: the hook that gave it.
+        limit: batches (int), or a fraction of them (float from 0 to 1).
+        limit_name: the Trainer's argument that set the limit.
+
+    Raises:
+        DataError: if it is not iterable, has no batches, or has no length that a fraction could be taken of.
+    """
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise DataError(f"{name} gave {loader!r}, which cannot be iterated over. Return a DataLoader.")
+    length = length_of(loader)
+    if length == 0:
+        raise DataError(f"{name} gave a loader without batches{_why_empty(loader)}.")
+    if isinstance(limit, int):
+        total: float = min(length, limit)
+    elif length == math.inf:
+        if limit not in (0.0, 1.0):
+            raise DataError(
+                f"{limit_name}={limit} is a fraction, but the loader of {name} has no length. Give a number of batches."
+            )
+        total = 0 if limit == 0.0 else math.inf
+    else:
+        total = int(length * limit)
+        if total == 0 and limit > 0:
+            raise DataError(
+                f"{limit_name}={limit} of the {int(length)} batches of {name} is less than one batch. "
+                f"Use at least {1 / length:.3g}, or {limit_name}=1 for one batch."
+            )
+    return Source(loader, name, total, has_exact_length(loader))
+
+
+def _why_empty(loader: Any) -> str:
+    if not isinstance(loader, DataLoader):
+        return ""
+    samples = len(loader.dataset)  # type: ignore[arg-type]
+    dropped = " and drop_last=True" if loader.drop_last else ""
+    return f": its dataset has {samples} samples, batch_size={loader.batch_size}{dropped}"
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell the loader's samplers the epoch, where they want to know it to shuffle anew."""
+    parts = loader.flattened if isinstance(loader, CombinedLoader) else [loader]
+    for part in parts:
+        for owner in (part, getattr(part, "sampler", None), getattr(part, "batch_sampler", None)):
+            inner = getattr(owner, "sampler", None)
+            for sampler in dict.fromkeys((owner, inner)):
+                if callable(getattr(sampler, "set_epoch", None)):
+                    sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def without_shuffle(loader: Any, name: str) -> Any:
+    """Return a loader over the same data in order, as ``overfit_batches`` wants: each epoch the same batches."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return loader
+    sampler = loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", None)
+    if type(sampler) is SequentialSampler:
+        return loader
+    if type(loader) is not DataLoader or type(loader.batch_sampler) is not BatchSampler:
+        warn(
+            "overfit-shuffle",
+            f"overfit_batches: the loader of {name} has a batch sampler of its own, so it goes on drawing batches in its "
+            "own order. Return a loader with shuffle=False to overfit on the same batches.",
+        )
+        return loader
+    warn("overfit-shuffle", f"overfit_batches: the loader of {name} is read in order instead of being shuffled.")
+    return rebuilt(loader, BatchSampler(SequentialSampler(loader.dataset), loader.batch_size, loader.drop_last))  # type: ignore[arg-type]
+
+
+def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
+    """Return a DataLoader like ``loader`` that draws its batches from ``batch_sampler``."""
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=batch_sampler,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+class RecordingBatchSampler:
+    """A batch sampler that remembers the sample indices of the batches it gave, for prediction writers."""
+
+    def __init__(self, batch_sampler: Any) -> None:
+        self._batch_sampler = batch_sampler
+        self.indices: deque[list[int]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._batch_sampler)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.indices.clear()
+        for batch in self._batch_sampler:
+            self.indices.append(list(batch))  # workers fetch ahead, in this order
+            yield batch
+
+
+def recording(loader: Any) -> tuple[Any, RecordingBatchSampler | None]:
+    """Return a loader that remembers sample indices, and where it keeps them; None if it cannot be known."""
+    if type(loader) is not DataLoader or loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
+        return loader, None
+    sampler = RecordingBatchSampler(loader.batch_sampler)
+    return rebuilt(loader, sampler), sampler

@@ -1,0 +1,66 @@
+"""The exception tree, coded warnings and the search for what a misspelt name meant."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable
+from typing import NoReturn
+
+
+class LeydenError(Exception):
+    """Base of every error that leyden raises on purpose."""
+
+
+class ConfigurationError(LeydenError, ValueError):
+    """An argument, or a combination of arguments, that cannot work. Names the argument, the value, the mend."""
+
+
+class HookError(ConfigurationError, TypeError):
+    """A hook that is misspelt, missing, or has a signature that it cannot be called with."""
+
+
+class StepError(LeydenError, RuntimeError):
+    """What a step returned, or did, cannot be trained on."""
+
+
+class NonFiniteError(StepError, FloatingPointError):
+    """A loss that is NaN or infinite, found by ``detect_anomaly``."""
+
+
+class DataError(LeydenError, ValueError):
+    """A loader or a batch that cannot be used."""
+
+
+class MetricError(LeydenError, ValueError):
+    """A value that cannot be logged, or a monitored key that was never logged."""
+
+
+class CheckpointError(LeydenError, RuntimeError):
+    """A checkpoint that cannot be written, read or applied. Names the file or the key, and the reason."""
+
+
+class LeydenWarning(UserWarning):
+    """A coded warning. Mute one code with ``warnings.filterwarnings("ignore", message=r"\\[LEY-code\\]")``."""
+
+
+def warn(code: str, message: str, *, stacklevel: int = 3) -> None:
+    """Warn with a stable code in front, so that one kind of warning can be muted.
+
+    Args:
+        code: a short kebab-case name, shown as ``[LEY-code]``.
+        message: what happened and what to do about it.
+        stacklevel: as in `warnings.warn`, counted from here.
+    """
+    warnings.warn(f"[LEY-{code}] {message}", LeydenWarning, stacklevel=stacklevel)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` for the known name closest to ``name``, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def reject(argument: str, value: object, allowed: str) -> NoReturn:
+    """Raise the one error for a bad argument: its name, what was given, and what is allowed."""
+    raise ConfigurationError(f"{argument}={value!r} is not valid. Allowed: {allowed}.")

@@ -1,0 +1,140 @@
+"""Hyperparameters: what `save_hyperparameters` collects, and how a module is built again from a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from types import FrameType
+from typing import Any
+
+import torch
+
+from leyden.errors import CheckpointError, ConfigurationError, did_you_mean
+
+
+class AttributeDict(dict[str, Any]):
+    """A dict whose items are attributes as well: ``hparams.lr`` is ``hparams["lr"]``."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(
+                f"There is no hyperparameter {name!r}; there are: {', '.join(self) or 'none'}."
+            ) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name!r}: {value!r}" for name, value in self.items())
+
+
+class Hyperparameters:
+    """What one object has saved.
+
+    Attributes:
+        values: name to value.
+        name: the argument of `__init__` that held all of them as one dict or Namespace; None if they are arguments.
+        omitted: arguments that are modules, by type: their weights are saved, they themselves are not.
+        to_loggers: whether the loggers get them.
+    """
+
+    def __init__(self) -> None:
+        self.values = AttributeDict()
+        self.initial = AttributeDict()
+        self.name: str | None = None
+        self.omitted: dict[str, str] = {}
+        self.to_loggers = False
+
+    def add(
+        self, owner: object, frame: FrameType | None, given: tuple[Any, ...], ignore: Iterable[str], logger: bool
+    ) -> None:
+        """Collect the arguments that ``owner`` was made with, or those of them that are named."""
+        ignored = {ignore} if isinstance(ignore, str) else set(ignore)
+        arguments = init_arguments(owner, frame)
+        if not given:
+            found = arguments
+        elif all(isinstance(item, str) for item in given):
+            for name in given:
+                if name not in arguments:
+                    raise ConfigurationError(
+                        f"save_hyperparameters({name!r}): {type(owner).__name__}.__init__ has no such argument; it has "
+                        f"{', '.join(arguments) or 'none'}.{did_you_mean(name, arguments)}"
+                    )
+            found = {name: arguments[name] for name in given}
+        elif len(given) == 1 and isinstance(given[0], (Mapping, Namespace)):
+            found = dict(given[0]) if isinstance(given[0], Mapping) else vars(given[0])
+            self.name = next((name for name, value in arguments.items() if value is given[0]), None)
+        else:
+            raise ConfigurationError(
+                "save_hyperparameters takes names of arguments, or one dict or Namespace; it got "
+                f"{', '.join(type(item).__name__ for item in given)}."
+            )
+        for name, value in found.items():
+            if name in ignored:
+                continue
+            if isinstance(value, torch.nn.Module):
+                self.omitted[name] = type(value).__name__
+            else:
+                self.values[name] = value
+        self.initial = AttributeDict(copy.deepcopy(dict(self.values)))
+        self.to_loggers = self.to_loggers or logger
+
+
+def init_arguments(owner: object, frame: FrameType | None) -> dict[str, Any]:
+    """The arguments of every `__init__` of ``owner`` that is running, the outermost class's first."""
+    levels: list[dict[str, Any]] = []
+    while frame is not None and frame.f_code.co_name == "__init__":
+        info = inspect.getargvalues(frame)
+        if not info.args or info.locals.get(info.args[0]) is not owner:
+            break
+        names = [*info.args[1:], *inspect.getargs(frame.f_code).args[len(info.args) :]]
+        code = frame.f_code
+        keyword_only = code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount]
+        level = {name: info.locals[name] for name in dict.fromkeys([*names, *keyword_only]) if name in info.locals}
+        if info.keywords:
+            level.update(info.locals.get(info.keywords, {}))
+        levels.append(level)
+        frame = frame.f_back
+    arguments: dict[str, Any] = {}
+    for level in levels:  # the outermost comes last and wins: it is what the user called
+        arguments.update(level)
+    return arguments
+
+
+def build(
+    cls: type, saved: Mapping[str, Any], checkpoint: Mapping[str, Any], given: Mapping[str, Any], path: str
+) -> Any:
+    """Make an object of ``cls`` from a checkpoint's hyperparameters and what the caller gives.
+
+    Raises:
+        CheckpointError: naming the arguments that neither has, and why one was not saved.
+    """
+    parameters = dict(list(inspect.signature(cls).parameters.items()))
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    as_one = checkpoint.get("hparams_name")
+    values: dict[str, Any] = {**saved, **given}
+    if isinstance(as_one, str) and as_one in parameters:
+        inside = AttributeDict({name: value for name, value in values.items() if name not in parameters})
+        values = {as_one: inside, **{name: value for name, value in values.items() if name in parameters}}
+    elif not takes_all:
+        values = {name: value for name, value in values.items() if name in parameters or name in given}
+    needed = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty
+        and parameter.kind not in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        and name not in values
+    ]
+    if needed:
+        omitted = checkpoint.get("hparams_omitted") or {}
+        reasons = [f"{name} (a {omitted[name]}: modules are not saved)" if name in omitted else name for name in needed]
+        raise CheckpointError(
+            f"{path} does not hold these arguments of {cls.__name__}: {', '.join(reasons)}. Pass them, as in "
+            f"{cls.__name__}.load_from_checkpoint(path, {needed[0]}=…)"
+            + ("." if saved or omitted else ", or call self.save_hyperparameters() in __init__ before training.")
+        )
+    return cls(**values)

@@ -1,0 +1,339 @@
+"""The loop, top to bottom: the only place that calls the user's steps, backward and the optimizer.
+
+A batch's way: `train` takes it from the loader, `forward_backward` makes gradients of it, `optimizer_step` uses them,
+`step_boundary` logs, validates and saves between two steps. `evaluate` is validation, test and prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leyden.data.loader import set_epoch
+from leyden.errors import DataError, StepError
+from leyden.hooks import Hook
+from leyden.run import Evaluation, Mode, Run, detached, loss_of
+from leyden.seed import isolated_random_state
+
+
+def train(run: Run) -> None:
+    """Train until a limit is reached or somebody asks to stop."""
+    progress, hooks, metrics = run.progress, run.hooks, run.metrics
+    call(hooks.on_train_start)
+    while run.wants_epoch():
+        begin_epoch(run)
+        for batch, following in run.source.batches(run.move, start=progress.batch, ahead=run.accumulate):
+            batch_idx = progress.batch
+            run.is_last_batch = following == 0
+            metrics.begin_batch(batch, batch_idx)
+            if progress.micro_batch == 0:
+                run.window = min(run.accumulate, following + 1)  # the last window of an epoch may be short
+            if hooks.on_train_batch_start and skips_epoch(hooks.on_train_batch_start, batch, batch_idx):
+                break
+
+            if run.mode is Mode.AUTOMATIC:
+                output = forward_backward(run, batch, batch_idx)
+                if progress.micro_batch == run.window:
+                    optimizer_step(run)
+            elif run.mode is Mode.CLOSURE:
+                output = closure_batch(run, batch, batch_idx)
+            else:
+                output = manual_batch(run, batch, batch_idx)
+
+            progress.batch += 1
+            progress.total_batches += 1
+            if run.is_last_batch:
+                run.step_schedulers_after_epoch()
+            for hook in hooks.on_train_batch_end:
+                hook(output, batch, batch_idx)
+            if run.schedule is not None:
+                run.schedule.note_batch(progress, run.is_last_batch)
+            if progress.micro_batch == 0:
+                step_boundary(run)
+                if run.stop_reached():
+                    break
+        end_epoch(run)
+    metrics.enter_epoch_hooks()
+    call(hooks.on_train_end)
+    run.serve_requests()
+
+
+def forward_backward(run: Run, batch: Any, batch_idx: int) -> Any:
+    """Add the gradients of one batch to the window's; return what callbacks get of it."""
+    progress, hooks = run.progress, run.hooks
+    with run.step_context:
+        output = run.training_step(*(batch, batch_idx)[: run.arity])
+    loss = loss_of(output)
+    assert run.optimizer is not None
+    if progress.micro_batch == 0:
+        for hook in hooks.on_before_zero_grad:
+            hook(run.optimizer)
+        run.zero_grad()
+    progress.micro_batch += 1
+    if loss is None:
+        progress.skipped_batches += 1
+        progress.skipped_in_window += 1
+        run.loss = None
+        return None
+    if run.window > 1:
+        loss = loss / run.window
+    for hook in hooks.on_before_backward:
+        hook(loss)
+    run.backward(loss if run.scaler is None else run.scaler.scale(loss))
+    for hook in hooks.on_after_backward:
+        hook()
+    run.loss = loss.detach()
+    return detached(output) if run.wants_outputs else None
+
+
+def optimizer_step(run: Run) -> None:
+    """Step the optimizer with the gradients of a whole window."""
+    progress, optimizer, scaler = run.progress, run.optimizer, run.scaler
+    assert optimizer is not None
+    trained, skipped = run.window - progress.skipped_in_window, progress.skipped_in_window
+    progress.micro_batch = progress.skipped_in_window = 0
+    if trained == 0:
+        return
+    if scaler is not None:
+        scaler.unscale(optimizer)
+    if skipped:
+        rescale_gradients(optimizer, run.window / trained)
+    for hook in run.hooks.on_before_optimizer_step:
+        hook(optimizer)
+    if run.clip is not None:
+        run.clip(optimizer)
+    if scaler is None:
+        optimizer.step()
+        taken = True
+    else:
+        taken = scaler.step(optimizer)
+        scaler.update()
+    progress.global_step += 1
+    run.stepped = True
+    if taken and run.step_schedulers:
+        run.step_schedulers_after_step()
+
+
+def closure_batch(run: Run, batch: Any, batch_idx: int) -> Any:
+    """Train on one batch where the optimizer, or the user's `optimizer_step`, calls for the gradients itself."""
+    progress = run.progress
+    if run.reevaluates:
+        run.held.append((batch, batch_idx))
+        if len(run.held) < run.window:
+            progress.micro_batch = len(run.held)
+            return None
+        batches, run.held, first = run.held, [], 0
+    elif progress.micro_batch + 1 < run.window:
+        return forward_backward(run, batch, batch_idx)
+    else:
+        batches, first = [(batch, batch_idx)], progress.micro_batch
+    outputs: list[Any] = []
+
+    def closure() -> Tensor | None:
+        progress.micro_batch = first
+        total = None
+        for held_batch, held_idx in batches:
+            outputs.append(forward_backward(run, held_batch, held_idx))
+            if run.loss is not None:
+                total = run.loss if total is None else total + run.loss
+        if total is None and run.reevaluates:
+            raise StepError(
+                f"training_step returned None, but {type(run.optimizer).__name__} needs the loss of every batch. Return a loss."
+            )
+        return total
+
+    run.stepped = False
+    if run.own_optimizer_step is not None:
+        run.own_optimizer_step(progress.epoch, batch_idx, run.handles[0], closure)
+    else:
+        run.handles[0].step(closure)
+    if not outputs:
+        raise StepError(
+            "optimizer_step did not call its optimizer_closure, so nothing was computed. Call "
+            "optimizer.step(closure=optimizer_closure)."
+        )
+    if run.scaler is not None:
+        run.scaler.update()
+    progress.micro_batch = progress.skipped_in_window = 0
+    if run.stepped:
+        progress.global_step += 1
+        run.step_schedulers_after_step()
+    return outputs[-1]
+
+
+def manual_batch(run: Run, batch: Any, batch_idx: int) -> Any:
+    """Run a training step that steps its optimizers itself; it counts as a step if one of them did."""
+    run.stepped = False
+    with run.step_context:
+        output = run.training_step(*(batch, batch_idx)[: run.arity])
+    if run.scaler is not None:
+        run.scaler.update()
+    if run.stepped:
+        run.progress.global_step += 1
+    return detached(output) if run.wants_outputs else None
+
+
+def step_boundary(run: Run) -> None:
+    """Do what may only be done between two steps: log, validate, save."""
+    progress = run.progress
+    stepped, run.stepped = run.stepped, False
+    if stepped and run.log_every_n_steps and progress.global_step % run.log_every_n_steps == 0:
+        run.outlet.send(run.metrics.step_values(), progress.global_step)
+    if run.requests:
+        run.serve_requests()
+    if run.schedule is not None and run.schedule.pay():
+        validate(run)
+        if not run.is_last_batch:  # else the epoch's end serves them, so that a checkpoint is of a whole epoch
+            run.serve_requests()
+    if stepped and run.step_schedulers:
+        run.step_plateau_schedulers(run.step_schedulers, progress.global_step)
+
+
+def begin_epoch(run: Run) -> None:
+    """Open an epoch: fresh loaders if they are to be reloaded, a new order, its hooks."""
+    run.is_last_batch, run.window = False, 0
+    run.reload_loaders(run)
+    set_epoch(run.source.loader, run.progress.epoch)
+    run.metrics.enter_epoch_hooks()
+    call(run.hooks.on_train_epoch_start)
+    run.metrics.enter_batches()
+
+
+def end_epoch(run: Run) -> None:
+    """Close an epoch: its hooks, its means, its schedulers; then save if asked to."""
+    progress, metrics = run.progress, run.metrics
+    if progress.batch == 0 and run.window == 0:
+        raise DataError(
+            f"{run.source.name} gave no batch in epoch {progress.epoch}. A generator can be read only once: return an object "
+            "whose __iter__ starts anew, such as a DataLoader."
+        )
+    progress.micro_batch = progress.skipped_in_window = 0
+    metrics.enter_epoch_hooks()
+    metrics.publish_epoch()
+    call(run.hooks.on_train_epoch_end)
+    run.outlet.send(metrics.publish_epoch(), progress.global_step)
+    call(run.hooks.on_train_epoch_end_monitors)
+    run.step_plateau_schedulers(run.epoch_schedulers, progress.epoch + 1)
+    metrics.reset()
+    progress.epoch_ended = run.is_last_batch or not run.stop_reached()
+    run.serve_requests()
+    progress.start_epoch()
+
+
+def validate(run: Run) -> None:
+    """Validate in the middle of training, and leave training as it was."""
+    assert run.validation is not None
+    if run.mode is not Mode.MANUAL:
+        call(run.hooks.on_validation_model_zero_grad)  # frees memory; in manual mode gradients are the user's
+    evaluate(run.validation)
+    report(run.validation)
+    run.metrics.enter_batches()
+
+
+def sanity_check(run: Run, check: Evaluation) -> None:
+    """Run a few validation batches before training, so that a mistake in them shows at once; nothing is kept."""
+    with isolated_random_state(run.device):
+        evaluate(check)
+    check.metrics.reset()
+    check.metrics.end_evaluation()
+    call(run.hooks.on_sanity_check_end)
+
+
+def evaluate(run: Evaluation) -> None:
+    """Validate, test or predict: every batch of every loader, without gradients.
+
+    Values are published when the epoch's hooks have run, and before the `end` hooks; the series stay open, for the
+    caller to report and close.
+    """
+    hooks, metrics, several = run.hooks, run.metrics, len(run.sources) > 1
+    outer, run.status.stage = run.status.stage, run.stage
+    metrics.begin_evaluation()
+    with evaluation_modes(run), run.no_grad():
+        call(hooks.start)
+        call(hooks.epoch_start)
+        if run.logs:
+            metrics.enter_batches()
+        else:
+            metrics.leave()
+        for dataloader_idx, source in enumerate(run.sources):
+            metrics.begin_dataloader(dataloader_idx if several else None)
+            set_epoch(source.loader, 0)
+            which = (dataloader_idx,) if several else ()
+            for batch_idx, (batch, _) in enumerate(source.batches(run.move, dataloader_idx)):
+                metrics.begin_batch(batch, batch_idx)
+                note_indices(run, dataloader_idx)
+                for hook in hooks.batch_start:
+                    hook(batch, batch_idx, *which)
+                with run.step_context:
+                    output = run.step(*(batch, batch_idx, dataloader_idx)[: run.arity])
+                if run.predictions is not None:
+                    run.predictions[dataloader_idx].append(output)
+                for hook in hooks.batch_end:
+                    hook(output, batch, batch_idx, *which)
+        metrics.begin_dataloader(None)
+        metrics.enter_epoch_hooks()
+        metrics.publish_epoch()
+        call(hooks.epoch_end)
+        metrics.publish_epoch()
+        call(hooks.end)
+    run.status.stage = outer
+
+
+def report(run: Evaluation) -> None:
+    """Send an evaluation's values to the loggers and close its series."""
+    metrics = run.metrics
+    for batch_idx, values in metrics.evaluation_history():
+        run.outlet.send(values, batch_idx, with_epoch=False)
+    run.outlet.send(metrics.publish_epoch(), run.outlet.progress.global_step)
+    metrics.reset()
+    metrics.end_evaluation()
+
+
+@contextmanager
+def evaluation_modes(run: Evaluation) -> Iterator[None]:
+    """Set eval mode; afterwards give every submodule back the mode it had, a frozen BatchNorm its eval mode too."""
+    modes = [(module, module.training) for module in run.module.modules()]
+    if not run.own_eval:
+        run.module.eval()
+    call(run.hooks.model_eval)
+    try:
+        yield
+    finally:
+        if not run.own_train:
+            for module, mode in modes:
+                module.training = mode
+    if run.own_train:
+        call(run.hooks.model_train)
+
+
+def note_indices(run: Evaluation, dataloader_idx: int) -> None:
+    """Keep the sample indices of the present batch, for prediction writers."""
+    if not run.recorders:
+        return
+    recorder = run.recorders[dataloader_idx]
+    run.batch_indices = recorder.indices.popleft() if recorder is not None and recorder.indices else None
+    run.epoch_batch_indices[dataloader_idx].append(run.batch_indices or [])
+
+
+def skips_epoch(hooks: Iterable[Hook], batch: Any, batch_idx: int) -> bool:
+    """Call the hooks before a training batch; whether one of them returned -1, which skips the rest of the epoch."""
+    answers = [hook(batch, batch_idx) for hook in hooks]
+    return any(answer is not None and answer == -1 for answer in answers)
+
+
+def rescale_gradients(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Make the gradients a mean over the batches that had a loss, when others of the window were skipped."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
+
+def call(hooks: Iterable[Hook]) -> None:
+    """Call every hook of an event that has no arguments."""
+    for hook in hooks:
+        hook()

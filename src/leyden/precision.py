@@ -1,0 +1,153 @@
+"""Number formats: which dtype parameters have, which dtype the forward pass computes in, and loss scaling."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from leyden.errors import did_you_mean, reject
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How numbers are held and computed.
+
+    Attributes:
+        name: the canonical spelling, e.g. ``"bf16-mixed"``.
+        parameter_dtype: what the module's floating-point parameters and buffers are cast to; None leaves them.
+        compute_dtype: what autocast computes in; None means no autocast.
+        scales_loss: whether gradients need a `torch.amp.GradScaler`, because fp16 underflows.
+    """
+
+    name: str
+    parameter_dtype: torch.dtype | None = None
+    compute_dtype: torch.dtype | None = None
+    scales_loss: bool = False
+
+    def convert_module(self, module: torch.nn.Module) -> None:
+        """Cast the module's floating-point parameters and buffers, for the ``-true`` precisions."""
+        if self.parameter_dtype is not None:
+            module.to(self.parameter_dtype)
+
+    def step_context(self, device_type: str) -> AbstractContextManager[Any]:
+        """Return the context that every user step runs in; it may be entered again and again."""
+        if self.compute_dtype is not None:
+            return torch.autocast(device_type, dtype=self.compute_dtype)
+        if self.parameter_dtype is not None:
+            return _DefaultDtype(self.parameter_dtype)
+        return contextlib.nullcontext()
+
+    def backward_context(self, device_type: str) -> AbstractContextManager[Any]:
+        """Return the context for a backward pass inside a step: torch asks for none of autocast there."""
+        if self.compute_dtype is not None:
+            return torch.autocast(device_type, enabled=False)
+        return contextlib.nullcontext()
+
+    def grad_scaler(self, device_type: str) -> torch.amp.GradScaler | None:
+        """Return a fresh loss scaler for fp16 autocast, else None."""
+        return torch.amp.GradScaler(device_type) if self.scales_loss else None
+
+
+class _DefaultDtype:
+    """Make tensors that a step creates come in the module's dtype; re-enterable, unlike a generator context."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._outer: list[torch.dtype] = []
+
+    def __enter__(self) -> None:
+        self._outer.append(torch.get_default_dtype())
+        torch.set_default_dtype(self._dtype)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_default_dtype(self._outer.pop())
+
+
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        Precision("32-true"),
+        Precision("64-true", parameter_dtype=torch.float64),
+        Precision("16-true", parameter_dtype=torch.float16),
+        Precision("bf16-true", parameter_dtype=torch.bfloat16),
+        Precision("16-mixed", compute_dtype=torch.float16, scales_loss=True),
+        Precision("bf16-mixed", compute_dtype=torch.bfloat16),
+    )
+}
+_ALIASES = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+
+
+def resolve_precision(precision: object) -> Precision:
+    """Turn the Trainer's ``precision`` argument into a `Precision`.
+
+    Args:
+        precision: a name such as ``"bf16-mixed"``, the short forms 16, 32, 64 and "bf16", or a `Precision`.
+
+    Raises:
+        ConfigurationError: for anything else; the message lists what is known.
+    """
+    if isinstance(precision, Precision):
+        return precision
+    name = _ALIASES.get(str(precision), str(precision))
+    if isinstance(precision, bool) or name not in PRECISIONS:
+        known = ", ".join(repr(key) for key in PRECISIONS)
+        reject("precision", precision, f"{known}, or 64, 32, 16, 'bf16' for short{did_you_mean(name, PRECISIONS)}")
+    return PRECISIONS[name]
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Create modules in ``dtype`` inside this context, so that no second copy in fp32 is made first."""
+    if dtype is None:
+        yield
+        return
+    with _DefaultDtype(dtype):
+        yield
+
+
+class LossScaler:
+    """A `torch.amp.GradScaler` that may be used by several optimizers, in any order, and never scales twice.
+
+    The scale changes only when the next loss is scaled after some optimizer has stepped, so that gradients are
+    always unscaled by what they were scaled with.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler) -> None:
+        self.scaler = scaler
+        self._unscaled: set[int] = set()
+        self._stepped: set[int] = set()
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the loss times the present scale."""
+        if self._stepped:
+            self.update()
+        return self.scaler.scale(loss)
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the optimizer's gradients by the scale, unless that was done already."""
+        if id(optimizer) not in self._unscaled:
+            self.scaler.unscale_(optimizer)
+            self._unscaled.add(id(optimizer))
+
+    def step(self, optimizer: torch.optim.Optimizer, **kwargs: Any) -> bool:
+        """Step the optimizer, unless its gradients overflowed; return whether it stepped."""
+        self.unscale(optimizer)
+        taken: list[bool] = []
+        # The scaler does not tell; asking for the scale would wait for the device.
+        watch = optimizer.register_step_post_hook(lambda *_: taken.append(True))
+        self.scaler.step(optimizer, **kwargs)
+        watch.remove()
+        self._stepped.add(id(optimizer))
+        return bool(taken)
+
+    def update(self) -> None:
+        """Let the scale grow or shrink by what the steps since the last update found."""
+        if self._stepped:
+            self.scaler.update()
+            self._stepped.clear()
+            self._unscaled.clear()

@@ -1,0 +1,131 @@
+"""Where a verb's loaders come from: what was passed, else the datamodule's hook, else the module's."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from leyden.data.combined import CombinedLoader
+from leyden.data.loader import Source, make_source, without_shuffle
+from leyden.datamodule import LightningDataModule
+from leyden.errors import DataError, warn
+from leyden.hooks import overridden
+from leyden.module import LightningModule
+from leyden.settings import Settings
+
+
+class Sources:
+    """The loaders of one verb, asked for once and kept until they are to be reloaded."""
+
+    def __init__(
+        self,
+        module: LightningModule,
+        datamodule: LightningDataModule | None,
+        passed: dict[str, Any],
+        settings: Settings,
+    ) -> None:
+        self.module = module
+        self.datamodule = datamodule
+        self.passed = passed
+        self.settings = settings
+        self._raw: dict[str, Any] = {}
+        self._train: Source | None = None
+        self._validation: list[Source] | None = None
+
+    def has(self, kind: str) -> bool:
+        """Whether there is a loader of ``kind``: train, val, test or predict."""
+        return self.passed.get(kind) is not None or self._owner(kind) is not None
+
+    def raw(self, kind: str) -> Any:
+        """The loaders of ``kind`` as the user gave them; None before they were asked for."""
+        return self._raw.get(kind)
+
+    def train(self) -> Source:
+        """The training loader; several in a list or dict are read together, shorter ones again and again."""
+        if self._train is None:
+            given, name = self._ask("train")
+            loader = CombinedLoader(given, "max_size_cycle") if isinstance(given, (list, tuple, dict)) else given
+            limit, limit_name = self.settings.limit_train_batches, "limit_train_batches"
+            if self.settings.overfit_batches:
+                limit_name, loader = "overfit_batches", without_shuffle(loader, name)
+            self._train = make_source(loader, name, 1.0 if limit is None else limit, limit_name)
+        return self._train
+
+    def validation(self) -> list[Source]:
+        """The validation loaders; none if there are none or they are limited to nothing."""
+        if self._validation is None:
+            self._validation = self.evaluation("val") if self.validates() else []
+        return self._validation
+
+    def validates(self) -> bool:
+        """Whether `fit` validates: there is a step and a loader for it, and the limit is not 0."""
+        if self.settings.limit_val_batches == 0:
+            return False
+        has_step, has_loader = overridden(self.module, "validation_step", LightningModule), self.has("val")
+        name = type(self.module).__name__
+        if has_step and not has_loader:
+            warn(
+                "no-val-loader", f"{name} has a validation_step but there is no val_dataloader: fit does not validate."
+            )
+        if has_loader and not has_step:
+            warn(
+                "no-validation-step",
+                f"There is a val_dataloader but {name} has no validation_step: fit does not validate.",
+            )
+        return has_step and has_loader
+
+    def evaluation(self, kind: str) -> list[Source]:
+        """The loaders of ``kind``, read one after the other.
+
+        Raises:
+            DataError: if there are none.
+        """
+        given, name = self._ask(kind)
+        if isinstance(given, CombinedLoader) and given.mode == "sequential":
+            given = given.flattened
+        loaders = list(given.values()) if isinstance(given, dict) else given
+        if not isinstance(loaders, (list, tuple)):
+            loaders = [loaders]
+        if self.settings.overfit_batches and kind == "val":
+            loaders = [without_shuffle(loader, name) for loader in loaders]
+        limit_name = f"limit_{kind}_batches"
+        limit = getattr(self.settings, limit_name)
+        return [make_source(loader, name, limit, limit_name) for loader in loaders]
+
+    def reload(self) -> None:
+        """Forget the loaders, so that the hooks are asked again."""
+        self._train = self._validation = None
+
+    def estimated_steps(self) -> float:
+        """Optimizer steps of the whole training, inf if it has no end."""
+        settings, batches = self.settings, self.train().total
+        limit = math.inf if settings.max_steps == -1 else settings.max_steps
+        if batches == math.inf or settings.max_epochs in (None, -1):
+            return limit
+        assert settings.max_epochs is not None
+        return min(limit, math.ceil(batches / settings.accumulate_grad_batches) * settings.max_epochs)
+
+    def _owner(self, kind: str) -> LightningModule | LightningDataModule | None:
+        hook = f"{kind}_dataloader"
+        if self.datamodule is not None and overridden(self.datamodule, hook, LightningDataModule):
+            return self.datamodule
+        return self.module if overridden(self.module, hook, LightningModule) else None
+
+    def _ask(self, kind: str) -> tuple[Any, str]:
+        name = f"{kind}_dataloader"
+        owner = self._owner(kind)
+        if self.passed.get(kind) is not None:
+            given, name = self.passed[kind], f"{kind}_dataloaders"
+        elif owner is not None:
+            given = getattr(owner, name)()
+        else:
+            raise DataError(
+                f"There is no {name}. Pass one to the Trainer's method, or define {name} in "
+                f"{type(self.datamodule or self.module).__name__}."
+            )
+        if given is None:
+            raise DataError(f"{name} returned None. Return a DataLoader, or any other iterable of batches.")
+        if isinstance(given, LightningDataModule):
+            raise DataError(f"{name} is a LightningDataModule. Pass it as datamodule=…")
+        self._raw[kind] = given
+        return given, name

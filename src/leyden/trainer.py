@@ -1,0 +1,500 @@
+"""Trainer: the arguments and the four verbs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from leyden import loop
+from leyden.assemble import attach_sources, check_fit, make_evaluation, make_move, make_resolver, make_run, new_outlet
+from leyden.callbacks import BasePredictionWriter, Callback
+from leyden.checkpoint import state
+from leyden.checkpoint.format import load_checkpoint
+from leyden.checkpoint.store import write_checkpoint
+from leyden.datamodule import LightningDataModule
+from leyden.defaults import (
+    default_callbacks,
+    default_loggers,
+    find_checkpoint,
+    global_switches,
+    is_interactive,
+    with_modules_own,
+)
+from leyden.device import resolve_device
+from leyden.errors import ConfigurationError, LeydenError, reject
+from leyden.metrics import Metrics
+from leyden.module import LightningModule
+from leyden.precision import default_dtype
+from leyden.run import Evaluation, Outlet, Run, Status
+from leyden.settings import Settings
+from leyden.sources import Sources
+from leyden.strategy import SingleDevice, Strategy
+from leyden.trainer_view import TrainerView
+
+if TYPE_CHECKING:
+    from leyden.data.loader import Source
+    from leyden.hooks import Resolver
+    from leyden.loggers import Logger
+
+
+class Trainer(TrainerView):
+    """Runs a `LightningModule`: `fit`, `validate`, `test`, `predict`.
+
+    Everything is checked here and raises `ConfigurationError` at once. What can be read of a Trainer is on the page of
+    `TrainerView`.
+
+    Args:
+        accelerator: "auto", "cpu", "cuda", "mps", or "gpu" for cuda or mps.
+        strategy: "auto", "single_device", or a `Strategy`.
+        devices: "auto", 1, or an index as in [0] or "0,".
+        num_nodes: 1.
+        precision: "32-true" (default), "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed"; 64, 32, 16 and
+            "bf16" for short.
+        logger: True (default; TensorBoard if installed, else CSV), False, a `Logger`, or several.
+        callbacks: one or several.
+        fast_dev_run: run this many batches (True: 1) of everything, once, and write nothing.
+        max_epochs: default 1000 if neither ``max_steps`` nor ``max_time`` is given; -1 for no limit.
+        min_epochs: epochs before a stop is heeded.
+        max_steps: optimizer steps; -1 for no limit.
+        min_steps: optimizer steps before a stop is heeded.
+        max_time: "DD:HH:MM:SS", a `timedelta`, or a dict of its arguments.
+        limit_train_batches: a number (int) or a fraction (float) of the batches of an epoch; so for the next three.
+        limit_val_batches: 0 turns validation off.
+        limit_test_batches: see above.
+        limit_predict_batches: see above.
+        overfit_batches: train and validate on this number or fraction of batches, in order.
+        val_check_interval: validate after this many training batches (int), this fraction of an epoch (float), or this
+            much time (as ``max_time``). One that falls into a window of accumulated batches waits for its end.
+        check_val_every_n_epoch: validate in every n-th epoch; None counts ``val_check_interval`` across epochs.
+        num_sanity_val_steps: validation batches before training, default 2; -1 for all. They leave no trace.
+        log_every_n_steps: optimizer steps between two flushes of step values to the loggers; default 50.
+        enable_checkpointing: add a `ModelCheckpoint` if there is none (default).
+        enable_progress_bar: add a `RichProgressBar` if there is none (default).
+        enable_model_summary: add a `ModelSummary` if there is none (default).
+        accumulate_grad_batches: batches per optimizer step; an epoch's last step may have fewer, and divides by them.
+        gradient_clip_val: see ``gradient_clip_algorithm``; None does not clip.
+        gradient_clip_algorithm: "norm" (default) bounds the norm of all gradients, "value" each element.
+        deterministic: True lets torch refuse operations that are not deterministic, "warn" lets it warn.
+        benchmark: let cuDNN measure and choose its algorithms.
+        inference_mode: evaluate under `torch.inference_mode` (default) rather than `torch.no_grad`.
+        use_distributed_sampler: for several processes.
+        profiler: None, "simple", "advanced", "pytorch", or a `leyden.profilers.Profiler`.
+        detect_anomaly: stop at the first loss or gradient that is not finite, naming the operation. Slow.
+        barebones: turn off everything that is not training, to measure it.
+        plugins: a `leyden.precision.Precision` of your own.
+        sync_batchnorm: for several processes.
+        reload_dataloaders_every_n_epochs: ask the loader hooks again every n epochs; 0 never.
+        default_root_dir: where logs and checkpoints go; default: the working directory.
+
+    Raises:
+        ConfigurationError: naming the argument, its value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: str = "auto",
+        strategy: str | Strategy = "auto",
+        devices: str | int | Sequence[int] = "auto",
+        num_nodes: int = 1,
+        precision: Any = None,
+        logger: Logger | Sequence[Logger] | bool | None = None,
+        callbacks: Callback | Sequence[Callback] | None = None,
+        fast_dev_run: int | bool = False,
+        max_epochs: int | None = None,
+        min_epochs: int | None = None,
+        max_steps: int = -1,
+        min_steps: int | None = None,
+        max_time: Any = None,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0.0,
+        val_check_interval: Any = None,
+        check_val_every_n_epoch: int | None = 1,
+        num_sanity_val_steps: int | None = None,
+        log_every_n_steps: int | None = None,
+        enable_checkpointing: bool | None = None,
+        enable_progress_bar: bool | None = None,
+        enable_model_summary: bool | None = None,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+        deterministic: bool | str | None = None,
+        benchmark: bool | None = None,
+        inference_mode: bool = True,
+        use_distributed_sampler: bool = True,
+        profiler: Any = None,
+        detect_anomaly: bool = False,
+        barebones: bool = False,
+        plugins: Any = None,
+        sync_batchnorm: bool = False,
+        reload_dataloaders_every_n_epochs: int = 0,
+        default_root_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name in Settings.__dataclass_fields__}
+        self._settings = Settings(**given)
+        self._device_choice = resolve_device(accelerator, devices)
+        self.strategy = _resolve_strategy(strategy, self._device_choice.device)
+        self._default_root_dir = os.fspath(default_root_dir) if default_root_dir is not None else os.getcwd()
+        self.callbacks = default_callbacks(callbacks, self._settings)
+        self.loggers = default_loggers(logger, self._settings, self._default_root_dir)
+        self._status = Status()
+        self._outlet: Outlet = new_outlet(self.loggers)
+        self._module = self._datamodule = self._sources = self._run = self._evaluation = None
+        self.interrupted = False
+
+    # The four verbs
+
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Train, validating as scheduled. Every call starts anew, unless ``ckpt_path`` says where to go on.
+
+        Args:
+            model: what to train.
+            train_dataloaders: batches to train on, or a list or dict of loaders to read together.
+            val_dataloaders: batches to validate on, or several loaders to read one after the other.
+            datamodule: instead of loaders. Without either, the module's own loader hooks are asked.
+            ckpt_path: go on from a checkpoint: a path, "last" or "best".
+
+        Raises:
+            HookError: if the module lacks a step or misspells a hook.
+            DataError: if there is nothing to train on.
+        """
+        check_fit(_check_module(model))
+        passed = {"train": train_dataloaders, "val": val_dataloaders}
+        with self._running("fit", model, datamodule, passed) as resolver:
+            run = self._make_run(model, resolver, ckpt_path)
+            loop.call(run.hooks.on_fit_start)
+            self._sanity_check(run, resolver)
+            assert self._sources is not None
+            attach_sources(run, self._sources, self._settings, partial(self._make_evaluation, "validation", resolver))
+            self._status.stage = "train"
+            run.metrics.enter_epoch_hooks()
+            loop.train(run)
+            run.metrics.leave()
+            loop.call(run.hooks.on_fit_end)
+
+    def validate(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+    ) -> list[dict[str, float]]:
+        """Evaluate `validation_step` over the validation loaders.
+
+        Args:
+            model: what to evaluate; default: the module that was run last, with its best checkpoint if there is one.
+            dataloaders: batches, or several loaders.
+            ckpt_path: weights to load first: a path, "last" or "best".
+            verbose: accepted for compatibility; the progress bar prints the results.
+            datamodule: instead of loaders.
+
+        Returns:
+            The epoch's values, one dict for each loader.
+        """
+        with self._evaluating("validate", model, dataloaders, ckpt_path, datamodule) as evaluation:
+            loop.evaluate(evaluation)
+            results = evaluation.metrics.evaluation_results(len(evaluation.sources))
+            loop.report(evaluation)
+        return results
+
+    def test(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+    ) -> list[dict[str, float]]:
+        """Evaluate `test_step` over the test loaders; arguments and result are those of `validate`."""
+        with self._evaluating("test", model, dataloaders, ckpt_path, datamodule) as evaluation:
+            loop.evaluate(evaluation)
+            results = evaluation.metrics.evaluation_results(len(evaluation.sources))
+            loop.report(evaluation)
+        return results
+
+    def predict(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+    ) -> list[Any] | None:
+        """Collect what `predict_step` returns for every batch.
+
+        Args:
+            model: what to predict with; see `validate`.
+            dataloaders: batches, or several loaders.
+            datamodule: instead of loaders.
+            return_predictions: False keeps nothing, for predictions that a `BasePredictionWriter` writes to disk.
+            ckpt_path: weights to load first.
+
+        Returns:
+            A list of outputs, or a list of such lists if there are several loaders; None if nothing is kept.
+        """
+        keep = return_predictions is not False
+        with self._evaluating("predict", model, dataloaders, ckpt_path, datamodule, keep) as evaluation:
+            loop.evaluate(evaluation)
+            evaluation.metrics.end_evaluation()
+        return self.predictions if keep else None
+
+    # What callbacks may ask for
+
+    def at_step_boundary(self, action: Callable[[], None]) -> None:
+        """Call ``action`` once at the next safe place: between two steps, after the hooks that run now.
+
+        Outside of training it is called at once.
+        """
+        if self._run is not None and self._status.verb == "fit":
+            self._run.requests.append(action)
+        else:
+            action()
+
+    def save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool = False) -> None:
+        """Write the state of the run, atomically; folders are made.
+
+        Args:
+            filepath: where.
+            weights_only: leave out optimizers, counters and everything else that only training needs.
+
+        Raises:
+            CheckpointError: naming the key of what cannot be stored.
+        """
+        module = self._module
+        if module is None:
+            raise LeydenError("save_checkpoint: this Trainer has not run a module yet.")
+        captured = state.capture(self, module, self._datamodule, self._active_callbacks, self._run, weights_only)
+        if self.is_global_zero:
+            write_checkpoint(filepath, captured)
+        self.strategy.barrier("save_checkpoint")
+
+    def explain(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> str:
+        """Print the lifecycle of `fit` with your own hooks in their places, and what was chosen for you and why.
+
+        Args:
+            model: whose hooks.
+            datamodule: whose hooks as well.
+
+        Returns:
+            What was printed.
+        """
+        from leyden.explain import explain
+
+        text = explain(self, _check_module(model), datamodule)
+        print(text)
+        return text
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print once, from the first process only."""
+        if self.is_global_zero:
+            print(*args, **kwargs)
+
+    # How a verb is set up and taken down
+
+    @contextmanager
+    def _running(
+        self, verb: str, module: LightningModule, datamodule: LightningDataModule | None, passed: dict[str, Any]
+    ) -> Iterator[Resolver]:
+        """Everything around the loop of one verb: setup, errors, teardown."""
+        if isinstance(passed.get("train"), LightningDataModule):  # fit(model, datamodule), as people write it
+            datamodule, passed = passed["train"], {}
+        if datamodule is not None and any(value is not None for value in passed.values()):
+            raise ConfigurationError(f"{verb} got both dataloaders and a datamodule. Give one of the two.")
+        progress = None if verb == "fit" else self._outlet.progress
+        self._outlet = new_outlet(self.loggers, progress)
+        self._module, self._datamodule = module, datamodule
+        self._run = None if verb == "fit" else self._run
+        self._evaluation, self.interrupted = None, False
+        self._sources = Sources(module, datamodule, passed, self._settings)
+        self._status.verb, self._status.stage = verb, None
+        self._active_callbacks: list[Callback] = self.callbacks
+        outcome = "failed"
+        try:
+            with global_switches(self._settings):
+                yield self._set_up(verb, module, datamodule)
+            outcome = "success"
+        except KeyboardInterrupt as interrupt:
+            outcome, self.interrupted = "interrupted", True
+            self._on_exception(interrupt)
+            print(
+                f"\nInterrupted in epoch {self.current_epoch} after {self.global_step} steps; nothing half-done was saved."
+            )
+            if not is_interactive():
+                raise SystemExit(130) from None  # 128 + SIGINT, what a shell expects
+        except BaseException as exception:
+            self._on_exception(exception)
+            raise
+        finally:
+            self._tear_down(verb, outcome)
+
+    def _set_up(self, verb: str, module: LightningModule, datamodule: LightningDataModule | None) -> Resolver:
+        module.trainer = self
+        module.__dict__["_metrics"] = None if self._settings.barebones else self._outlet.metrics
+        if datamodule is not None:
+            datamodule.trainer = self
+        self._active_callbacks = with_modules_own(self.callbacks, module.configure_callbacks())
+        resolver = make_resolver(self, module, self._active_callbacks)
+        resolver.check(datamodule, LightningDataModule)
+        parts = [part for part in (datamodule, module) if part is not None]
+        for part in parts:
+            part.prepare_data()
+        if datamodule is not None:
+            datamodule.setup(verb)
+        for callback in self._active_callbacks:
+            callback.setup(self, module, verb)
+        module.setup(verb)
+        with default_dtype(self._settings.precision.parameter_dtype):
+            module.configure_model()
+        self._settings.precision.convert_module(module)
+        module.to(self.device)
+        return resolver
+
+    def _on_exception(self, exception: BaseException) -> None:
+        assert self._module is not None
+        for callback in self._active_callbacks:
+            callback.on_exception(self, self._module, exception)
+        if self._datamodule is not None:
+            self._datamodule.on_exception(exception)
+
+    def _tear_down(self, verb: str, outcome: str) -> None:
+        module = self._module
+        assert module is not None
+        if verb == "fit":
+            for logger in self.loggers:
+                logger.finalize(outcome)
+        if self._datamodule is not None:
+            self._datamodule.teardown(verb)
+        for callback in self._active_callbacks:
+            callback.teardown(self, module, verb)
+        module.teardown(verb)
+        self._status.verb = self._status.stage = None
+        self._status.sanity = False
+        module.__dict__.update(_metrics=None, _run=None)
+
+    def _make_run(self, module: LightningModule, resolver: Resolver, ckpt_path: Any) -> Run:
+        path = find_checkpoint(ckpt_path, self.checkpoint_callback, self._default_root_dir, "fit")
+        checkpoint = load_checkpoint(path) if path is not None else None
+        if checkpoint is not None and path is not None:
+            state.apply_weights(self, module, self._active_callbacks, checkpoint, path)
+        move = make_move(module, self._datamodule, self.device, self._settings.precision)
+        run = make_run(
+            self, module, resolver, self._settings, self._status, self._outlet, self.device, move,
+            lambda run: self._reload(run, resolver),
+        )  # fmt: skip
+        self._run = module.__dict__["_run"] = run
+        self._log_hyperparameters(module)
+        if checkpoint is not None and path is not None:
+            state.apply_training(self._active_callbacks, self._datamodule, run, checkpoint, path)
+            print(f"Going on from {path}: epoch {run.progress.epoch}, step {run.progress.global_step}.")
+        return run
+
+    def _log_hyperparameters(self, module: LightningModule) -> None:
+        params: dict[str, Any] = {}
+        for part in (module, self._datamodule):
+            saved = getattr(part, "_saved_hyperparameters", None)
+            if saved is not None and saved.to_loggers:
+                params.update(saved.initial)
+        for logger in self.loggers:
+            if params:
+                logger.log_hyperparams(params)
+            logger.log_graph(module)
+
+    def _sanity_check(self, run: Run, resolver: Resolver) -> None:
+        assert self._sources is not None
+        steps = self._settings.num_sanity_val_steps
+        if not steps or not self._sources.validates():
+            return
+        # Metrics of its own, so that no value of it is seen later.
+        kept, module = self._outlet, run.module
+        self._outlet = Outlet([], Metrics(), kept.progress)
+        self._status.sanity, module.__dict__["_metrics"] = True, self._outlet.metrics
+        loop.call(run.hooks.on_sanity_check_start)
+        few = [replace(each, total=each.total if steps == -1 else min(each.total, steps))
+               for each in self._sources.validation()]  # fmt: skip
+        self._evaluation = self._make_evaluation("validation", resolver, few)
+        loop.sanity_check(run, self._evaluation)
+        self._evaluation, self._outlet, self._status.sanity = None, kept, False
+        module.__dict__["_metrics"] = None if self._settings.barebones else kept.metrics
+
+    def _make_evaluation(self, stage: str, resolver: Resolver, sources: Sequence[Source], **kept: bool) -> Evaluation:
+        module = self._module
+        assert module is not None
+        move = make_move(module, self._datamodule, self.device, self._settings.precision)
+        return make_evaluation(
+            stage, module, resolver, self._settings, self._status, self._outlet, self.device, move, sources, **kept
+        )
+
+    def _reload(self, run: Run, resolver: Resolver) -> None:
+        every, epoch = self._settings.reload_dataloaders_every_n_epochs, run.progress.epoch
+        if every and epoch and epoch % every == 0 and self._sources is not None:
+            self._sources.reload()
+            attach_sources(run, self._sources, self._settings, partial(self._make_evaluation, "validation", resolver))
+
+    @contextmanager
+    def _evaluating(
+        self,
+        verb: str,
+        model: LightningModule | None,
+        dataloaders: Any,
+        ckpt_path: Any,
+        datamodule: LightningDataModule | None,
+        keep_predictions: bool = False,
+    ) -> Iterator[Evaluation]:
+        stage, kind = {"validate": ("validation", "val"), "test": ("test", "test"), "predict": ("predict", "predict")}[
+            verb
+        ]
+        if model is None:
+            if self._module is None:
+                raise ConfigurationError(f"{verb} needs a model: this Trainer has not run one yet.")
+            model, datamodule = self._module, datamodule or (self._datamodule if dataloaders is None else None)
+            callback = self.checkpoint_callback
+            if ckpt_path is None and callback is not None and callback.best_model_path:
+                ckpt_path = "best"
+                print(f"{verb}() without a model: its best checkpoint is taken, {callback.best_model_path}.")
+        if isinstance(dataloaders, LightningDataModule):
+            datamodule, dataloaders = dataloaders, None
+        with self._running(verb, _check_module(model), datamodule, {kind: dataloaders}) as resolver:
+            path = find_checkpoint(ckpt_path, self.checkpoint_callback, self._default_root_dir, verb)
+            if path is not None:
+                state.apply_weights(self, model, self._active_callbacks, load_checkpoint(path), path)
+            assert self._sources is not None
+            writes = any(isinstance(callback, BasePredictionWriter) for callback in self._active_callbacks)
+            self._evaluation = self._make_evaluation(
+                stage,
+                resolver,
+                self._sources.evaluation(kind),
+                keep_predictions=keep_predictions,
+                record_indices=writes and stage == "predict",
+            )
+            yield self._evaluation
+
+
+def _check_module(model: object) -> LightningModule:
+    if isinstance(model, LightningModule):
+        return model
+    if isinstance(model, type) and issubclass(model, LightningModule):
+        raise ConfigurationError(f"model is the class {model.__name__}, not an instance. Write {model.__name__}(…).")
+    return reject("model", model, "a leyden.LightningModule")
+
+
+def _resolve_strategy(strategy: object, device: Any) -> Strategy:
+    if isinstance(strategy, Strategy):
+        return strategy
+    if strategy not in ("auto", "single_device"):
+        reject("strategy", strategy, "'auto', 'single_device', or a leyden.strategies.Strategy")
+    return SingleDevice(device)

@@ -1,0 +1,381 @@
+"""What callbacks, loggers and modules may read of a Trainer."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from leyden.callbacks import Callback, EarlyStopping, ModelCheckpoint, ProgressBar
+from leyden.errors import LeydenError, reject
+from leyden.metrics import as_tensors
+from leyden.optimizers import SchedulerConfig
+
+if TYPE_CHECKING:
+    from leyden.datamodule import LightningDataModule
+    from leyden.loggers import Logger
+    from leyden.module import LightningModule
+    from leyden.run import Evaluation, Outlet, Run, Status
+    from leyden.settings import Settings
+    from leyden.sources import Sources
+    from leyden.strategy import Strategy
+
+Counts = list[int | float]
+
+
+class TrainerView(ABC):
+    """The public state of a Trainer: abstract, and there so that the verbs have a page of their own."""
+
+    callbacks: list[Callback]
+    loggers: list[Logger]
+    strategy: Strategy
+    interrupted: bool
+    _settings: Settings
+    _default_root_dir: str
+    _status: Status
+    _outlet: Outlet
+    _sources: Sources | None
+    _module: LightningModule | None
+    _datamodule: LightningDataModule | None
+    _run: Run | None
+    _evaluation: Evaluation | None
+
+    # Where the run stands
+
+    @property
+    def current_epoch(self) -> int:
+        """Epochs completed before the present one."""
+        return self._outlet.progress.epoch
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps done: one per window of accumulated batches."""
+        return self._outlet.progress.global_step
+
+    @property
+    def is_last_batch(self) -> bool:
+        """Whether the present training batch is the last of its epoch."""
+        return self._run is not None and self._run.is_last_batch
+
+    @property
+    def skipped_batches(self) -> int:
+        """Training batches whose `training_step` returned None."""
+        return self._outlet.progress.skipped_batches
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether training ends at the next step boundary (once ``min_epochs`` and ``min_steps`` are reached)."""
+        return self._run is not None and self._run.should_stop
+
+    @should_stop.setter
+    def should_stop(self, stop: bool) -> None:
+        if self._run is not None:
+            self._run.should_stop = stop
+
+    @property
+    def training(self) -> bool:
+        """Whether a training batch or a hook of training is running."""
+        return self._status.stage == "train"
+
+    @property
+    def validating(self) -> bool:
+        """Whether validation is running, by itself or inside of training."""
+        return self._status.stage == "validation" and not self.sanity_checking
+
+    @property
+    def testing(self) -> bool:
+        """Whether `test` is running."""
+        return self._status.stage == "test"
+
+    @property
+    def predicting(self) -> bool:
+        """Whether `predict` is running."""
+        return self._status.stage == "predict"
+
+    @property
+    def sanity_checking(self) -> bool:
+        """Whether the validation batches before training are running."""
+        return self._status.sanity
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether validation (the sanity check too) or test is running."""
+        return self._status.stage in ("validation", "test")
+
+    # Metrics
+
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]:
+        """Every logged value by key, as 0-d tensors on the device."""
+        return as_tensors(self._outlet.metrics.callback_values())
+
+    @property
+    def logged_metrics(self) -> dict[str, Tensor]:
+        """What the loggers were given, the latest by key."""
+        return as_tensors(dict(self._outlet.metrics.logged))
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        """The values logged with ``prog_bar=True``, as numbers; reading them waits for the device."""
+        return self._outlet.metrics.progress_bar_values()
+
+    # Settings
+
+    @property
+    def max_epochs(self) -> int | None:
+        """The epoch limit; -1 for none."""
+        return self._settings.max_epochs
+
+    @property
+    def min_epochs(self) -> int | None:
+        """Epochs before a stop is heeded."""
+        return self._settings.min_epochs
+
+    @property
+    def max_steps(self) -> int:
+        """The limit of optimizer steps; -1 for none."""
+        return self._settings.max_steps
+
+    @property
+    def min_steps(self) -> int | None:
+        """Optimizer steps before a stop is heeded."""
+        return self._settings.min_steps
+
+    @property
+    def fast_dev_run(self) -> int:
+        """Batches of each kind in a trial run; 0 if it is a real one."""
+        return int(self._settings.fast_dev_run)
+
+    @property
+    def log_every_n_steps(self) -> int:
+        """Optimizer steps between two flushes of step values; 0 for never."""
+        return self._settings.log_every_n_steps or 0
+
+    @property
+    def precision(self) -> str:
+        """The canonical name of the precision."""
+        return str(self._settings.precision.name)
+
+    @property
+    def gradient_clip_val(self) -> float | None:
+        """The bound of gradient clipping."""
+        return self._settings.gradient_clip_val
+
+    @property
+    def check_val_every_n_epoch(self) -> int | None:
+        """Epochs between validations."""
+        return self._settings.check_val_every_n_epoch
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        """Batches per optimizer step."""
+        return self._run.accumulate if self._run is not None else self._settings.accumulate_grad_batches
+
+    @accumulate_grad_batches.setter
+    def accumulate_grad_batches(self, batches: int) -> None:
+        if type(batches) is not int or batches < 1:
+            reject("accumulate_grad_batches", batches, "an integer ≥ 1")
+        if self._run is not None:
+            self._run.accumulate = batches
+        else:
+            self._settings.accumulate_grad_batches = batches
+
+    @property
+    def default_root_dir(self) -> str:
+        """Where files go that have no other place."""
+        return self._default_root_dir
+
+    @property
+    def log_dir(self) -> str | None:
+        """The first logger's folder, else `default_root_dir`; None if nothing is written."""
+        for logger in self.loggers:
+            if logger.log_dir is not None:
+                return os.fspath(Path(logger.log_dir))
+        return None if self.fast_dev_run else self._default_root_dir
+
+    # Parts
+
+    @property
+    def logger(self) -> Logger | None:
+        """The first logger."""
+        return self.loggers[0] if self.loggers else None
+
+    @property
+    def lightning_module(self) -> LightningModule:
+        """The module of the present or the last verb."""
+        if self._module is None:
+            raise LeydenError("This Trainer has not run a module yet.")
+        return self._module
+
+    @property
+    def model(self) -> LightningModule | None:
+        """The module of the present or the last verb; None before."""
+        return self._module
+
+    @property
+    def datamodule(self) -> LightningDataModule | None:
+        """The datamodule of the present or the last verb."""
+        return self._datamodule
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Torch's optimizers of the present or the last `fit`."""
+        return [handle.optimizer for handle in self._run.handles] if self._run is not None else []
+
+    @property
+    def lr_scheduler_configs(self) -> list[SchedulerConfig]:
+        """The schedulers of the present or the last `fit`, with when they step."""
+        return self._run.schedulers if self._run is not None else []
+
+    @property
+    def checkpoint_callbacks(self) -> list[ModelCheckpoint]:
+        """Every `ModelCheckpoint`."""
+        return [callback for callback in self.callbacks if isinstance(callback, ModelCheckpoint)]
+
+    @property
+    def checkpoint_callback(self) -> ModelCheckpoint | None:
+        """The first `ModelCheckpoint`."""
+        return next(iter(self.checkpoint_callbacks), None)
+
+    @property
+    def early_stopping_callbacks(self) -> list[EarlyStopping]:
+        """Every `EarlyStopping`."""
+        return [callback for callback in self.callbacks if isinstance(callback, EarlyStopping)]
+
+    @property
+    def early_stopping_callback(self) -> EarlyStopping | None:
+        """The first `EarlyStopping`."""
+        return next(iter(self.early_stopping_callbacks), None)
+
+    @property
+    def progress_bar_callback(self) -> ProgressBar | None:
+        """The progress bar."""
+        return next((callback for callback in self.callbacks if isinstance(callback, ProgressBar)), None)
+
+    # Loaders
+
+    @property
+    def train_dataloader(self) -> Any:
+        """The training loader as the user gave it; None before it was asked for."""
+        return self._sources.raw("train") if self._sources is not None else None
+
+    @property
+    def val_dataloaders(self) -> Any:
+        """The validation loaders as the user gave them."""
+        return self._sources.raw("val") if self._sources is not None else None
+
+    @property
+    def test_dataloaders(self) -> Any:
+        """The test loaders as the user gave them."""
+        return self._sources.raw("test") if self._sources is not None else None
+
+    @property
+    def predict_dataloaders(self) -> Any:
+        """The loaders to predict as the user gave them."""
+        return self._sources.raw("predict") if self._sources is not None else None
+
+    @property
+    def num_training_batches(self) -> int | float:
+        """Training batches per epoch; inf if the loader has no length."""
+        return _whole(self._run.source.total) if self._run is not None and hasattr(self._run, "source") else 0
+
+    @property
+    def num_val_batches(self) -> Counts:
+        """Validation batches of each loader."""
+        return self._counts("validation")
+
+    @property
+    def num_sanity_val_batches(self) -> Counts:
+        """Batches of the sanity check, of each loader."""
+        return self._counts("validation") if self.sanity_checking else []
+
+    @property
+    def num_test_batches(self) -> Counts:
+        """Test batches of each loader."""
+        return self._counts("test")
+
+    @property
+    def num_predict_batches(self) -> Counts:
+        """Batches to predict of each loader."""
+        return self._counts("predict")
+
+    def _counts(self, stage: str) -> Counts:
+        evaluation = self._evaluation
+        if evaluation is None and self._run is not None:
+            evaluation = self._run.validation
+        if evaluation is None or evaluation.stage != stage:
+            return []
+        return [_whole(source.total) for source in evaluation.sources]
+
+    @property
+    def estimated_stepping_batches(self) -> int | float:
+        """Optimizer steps that `fit` will make; inf if it has no end. Schedulers such as OneCycleLR need it."""
+        if self._sources is None:
+            raise LeydenError("estimated_stepping_batches is known during fit only: in configure_optimizers and later.")
+        return _whole(self._sources.estimated_steps())
+
+    # Predictions
+
+    @property
+    def predictions(self) -> list[Any]:
+        """What `predict` has so far: a list of outputs, or a list of such lists if there are several loaders."""
+        evaluation = self._evaluation
+        if evaluation is None or evaluation.predictions is None:
+            return []
+        return evaluation.predictions[0] if len(evaluation.sources) == 1 else evaluation.predictions
+
+    @property
+    def predict_batch_indices(self) -> list[int] | None:
+        """The sample indices of the present batch to predict, if a writer asked for them and they can be known."""
+        return self._evaluation.batch_indices if self._evaluation is not None else None
+
+    @property
+    def epoch_batch_indices(self) -> list[list[list[int]]]:
+        """The sample indices of all batches so far, by loader and batch."""
+        return self._evaluation.epoch_batch_indices if self._evaluation is not None else []
+
+    # Processes and devices
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this process writes logs and files."""
+        return self.strategy.is_global_zero
+
+    @property
+    def global_rank(self) -> int:
+        """This process's number among all."""
+        return self.strategy.global_rank
+
+    @property
+    def local_rank(self) -> int:
+        """This process's number on its machine."""
+        return self.strategy.local_rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes there are."""
+        return self.strategy.world_size
+
+    @property
+    def num_nodes(self) -> int:
+        """How many machines there are."""
+        return self._settings.num_nodes
+
+    @property
+    def num_devices(self) -> int:
+        """How many devices this machine trains on."""
+        return 1
+
+    @property
+    def device(self) -> torch.device:
+        """The device that steps run on."""
+        return self.strategy.device
+
+
+def _whole(count: float) -> int | float:
+    return count if count == float("inf") else int(count)
