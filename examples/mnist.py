@@ -261,12 +261,13 @@ def draw_curves(metrics: Path, picture: Path, steps_per_epoch: int) -> Path:
         name: series(metrics, name, steps_per_epoch) for name in ("train_loss", "val_loss", "val_acc", "test_acc")
     }
     figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.08})
 
     left.plot(*columns["train_loss"], color=BLUE, alpha=0.3, linewidth=1)
     left.plot(*smooth(*columns["train_loss"]), color=BLUE, linewidth=2, label="training (augmented, smoothed)")
     left.plot(*columns["val_loss"], color=ORANGE, linewidth=2, marker="o", markersize=4, label="validation")
     left.set(title="Loss", ylabel="cross-entropy (log scale)", yscale="log")
+    left.yaxis.set_major_formatter("{x:g}")
 
     epochs, accuracy = columns["val_acc"]
     right.plot(
@@ -280,6 +281,8 @@ def draw_curves(metrics: Path, picture: Path, steps_per_epoch: int) -> Path:
         axes.set_title(axes.get_title(), loc="left", color=INK, fontsize=13, fontweight="bold")
         axes.set_title("")  # the centred one
         axes.set_xlabel("epoch", color=MUTED)
+        axes.set_xlim(left=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.yaxis.label.set_color(MUTED)
         axes.tick_params(colors=MUTED, which="both")
         axes.spines[["top", "right"]].set_visible(False)

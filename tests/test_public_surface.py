@@ -12,6 +12,7 @@ SURFACE = {
         "LightningDataModule",
         "LightningModule",
         "Trainer",
+        "__version__",
         "load_checkpoint",
         "seed_everything",
     ],

@@ -312,6 +312,8 @@ class Metrics:
         for series in self._active.values():
             if series.on_step and series.latest is not None:
                 self.published[series.name] = self.published[_fork(series, "step")] = series.latest
+                if series.prog_bar and self._training:
+                    self._prog_bar[_fork(series, "step")] = None
             value = series.epoch_value() if series.on_epoch else None
             if value is None:
                 continue

@@ -23,11 +23,9 @@ def test_the_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.Mo
     assert [path.name for path in sorted(Path("lightning_logs").iterdir())] == ["version_0", "version_1"]
     run_folder = Path("lightning_logs/version_0")
     assert list(run_folder.glob("events.out.tfevents.*"))
-    assert (run_folder / "hparams.yaml").read_text(encoding="utf-8").split() == [
-        "learning_rate:",
-        "0.01",
-        "width:",
-        "32",
+    assert (run_folder / "hparams.yaml").read_text(encoding="utf-8").splitlines() == [
+        "width: 32",
+        "learning_rate: 0.01",
     ]
     checkpoints = sorted(path.name for path in (run_folder / "checkpoints").iterdir())
     assert len(checkpoints) == 2

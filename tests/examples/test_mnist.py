@@ -90,7 +90,8 @@ def test_jitter_moves_by_no_more_than_it_says(mnist: ModuleType) -> None:
     weight = moved.sum((1, 2, 3))
     down = (moved.sum((1, 3)) * position).sum(1) / weight
     right = (moved.sum((1, 2)) * position).sum(1) / weight
-    assert torch.stack([down, right]).sub(13.5).abs().max() <= 2.1
+    # A shift of 2 down and 2 right, turned by 10 degrees, is at most 2 cos 10° + 2 sin 10° = 2.32 in one direction.
+    assert torch.stack([down, right]).sub(13.5).abs().max() <= 2.33
     assert down.std() > 0.8  # uniform in -2..2 has a standard deviation of 1.15
     assert torch.allclose(mnist.jitter(dot, pixels=0.0, degrees=0.0), dot, atol=1e-5)
 
