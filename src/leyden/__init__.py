@@ -23,7 +23,7 @@ _PLACES = {
     "load_checkpoint": "leyden.checkpoint.format",
     "seed_everything": "leyden.seed",
 }
-_SUBMODULES = ("callbacks", "loggers")
+_SUBMODULES = ("callbacks", "loggers", "profilers")
 
 __all__ = [
     "Callback",

@@ -5,35 +5,73 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from leyden.callbacks.callback import Callback
 from leyden.data.loader import Move, Source, recording
 from leyden.data.transfer import move_to_device
 from leyden.datamodule import LightningDataModule
-from leyden.errors import ConfigurationError, HookError, NonFiniteError, warn
-from leyden.hooks import Resolver, overridden, step_arity
+from leyden.errors import ConfigurationError, HookError, NonFiniteError, reject, warn
+from leyden.hooks import Resolver, check_names, overridden, step_arity
 from leyden.metrics import Metrics
 from leyden.module import LightningModule
 from leyden.optimizers import LightningOptimizer, clip_gradients, needs_closure, normalize_optimizers
 from leyden.precision import LossScaler, Precision
+from leyden.profilers.wiring import hooks_of, profile_evaluation, profile_run
 from leyden.progress import Progress
 from leyden.run import Evaluation, Mode, Outlet, Run, Status, ValidationSchedule, one_optimizer
 from leyden.settings import Settings
 
 if TYPE_CHECKING:
+    from leyden.profilers import Profiler
     from leyden.sources import Sources
     from leyden.trainer import Trainer
 
 STEP_OF = {"validation": "validation_step", "test": "test_step", "predict": "predict_step"}
 
 
+def check_module(model: object) -> LightningModule:
+    """Refuse what is not a module, and a class in place of an object."""
+    if isinstance(model, LightningModule):
+        if "_modules" not in vars(model):
+            name = type(model).__name__
+            raise ConfigurationError(f"{name}.__init__ did not call super().__init__(). Make that its first line.")
+        return model
+    if isinstance(model, type) and issubclass(model, LightningModule):
+        raise ConfigurationError(f"model is the class {model.__name__}, not an instance. Write {model.__name__}(…).")
+    return reject("model", model, "a leyden.LightningModule")
+
+
+def check_data(verb: str, datamodule: object, passed: dict[str, Any]) -> LightningDataModule | None:
+    """Refuse what is not a datamodule, and one beside loaders.
+
+    Args:
+        verb: for messages.
+        datamodule: what was passed as such.
+        passed: the loaders that were passed, by kind. A datamodule among them, as people write it, is taken out.
+    """
+    for kind, value in passed.items():
+        if isinstance(value, LightningDataModule):
+            datamodule, passed[kind] = value, datamodule
+    if isinstance(datamodule, type) and issubclass(datamodule, LightningDataModule):
+        name = datamodule.__name__
+        raise ConfigurationError(f"datamodule is the class {name}, not an instance. Write {name}(…).")
+    if datamodule is not None and not isinstance(datamodule, LightningDataModule):
+        reject("datamodule", datamodule, "a leyden.LightningDataModule; loaders are passed by their own argument")
+    if datamodule is not None and any(value is not None for value in passed.values()):
+        raise ConfigurationError(f"{verb} got both dataloaders and a datamodule. Give one of the two.")
+    return datamodule
+
+
 def check_fit(module: LightningModule) -> None:
     """Refuse a module that cannot be trained, before anything is set up."""
+    check_names(module, LightningModule)  # first, because it knows what a missing hook was misspelt as
     for name, what in (
         ("training_step", "what one step computes"),
         ("configure_optimizers", "which optimizer it uses"),
@@ -45,9 +83,13 @@ def check_fit(module: LightningModule) -> None:
             )
 
 
-def make_resolver(trainer: Trainer, module: LightningModule, callbacks: Sequence[Callback]) -> Resolver:
-    """The look-up of who overrides what."""
-    return Resolver(trainer, module, callbacks, LightningModule, Callback)
+def make_resolver(
+    trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None, callbacks: Sequence[Callback]
+) -> Resolver:
+    """The look-up of who overrides what; refuses hooks that are misspelt or cannot be called."""
+    resolver = Resolver(trainer, module, callbacks, LightningModule, Callback, hooks_of(trainer.profiler))
+    resolver.check(datamodule, LightningDataModule)
+    return resolver
 
 
 def make_move(
@@ -82,65 +124,67 @@ def make_move(
     return move
 
 
-def make_run(
-    trainer: Trainer,
-    module: LightningModule,
-    resolver: Resolver,
-    settings: Settings,
-    status: Status,
-    outlet: Outlet,
-    device: torch.device,
-    move: Move | None,
-    reload_loaders: Callable[[Run], None],
-) -> Run:
+@dataclass(frozen=True)
+class Parts:
+    """What the decisions of one verb are made from.
+
+    Attributes:
+        module: the user's.
+        resolver: who overrides what.
+        settings: the Trainer's.
+        status: where the stage is shown.
+        outlet: counters, metrics, and where values leave for the loggers.
+        device: where steps run.
+        move: brings batches there; None if there is nothing to do.
+        profiler: what measures; the null profiler wraps nothing.
+    """
+
+    module: LightningModule
+    resolver: Resolver
+    settings: Settings
+    status: Status
+    outlet: Outlet
+    device: torch.device
+    move: Move | None
+    profiler: Profiler
+
+    def own(self, name: str) -> Any:
+        """The module's override of a hook, bound; None if it has none."""
+        return getattr(self.module, name) if overridden(self.module, name, LightningModule) else None
+
+
+def make_run(parts: Parts, reload_loaders: Callable[[Run], None]) -> Run:
     """Build the optimizers and resolve every hook of `fit`. The loaders come later: `attach_sources`."""
-    found = normalize_optimizers(module.configure_optimizers())
+    module, settings, outlet = parts.module, parts.settings, parts.outlet
     precision: Precision = settings.precision
-    scaler = precision.grad_scaler(device.type)
-    loss_scaler = LossScaler(scaler) if scaler is not None else None
-    own_step = module.optimizer_step if overridden(module, "optimizer_step", LightningModule) else None
-    mode, optimizer, reevaluates = Mode.MANUAL, None, False
-    if module.automatic_optimization and found.optimizers:
-        optimizer = one_optimizer(found.optimizers)
-        reevaluates = needs_closure(optimizer)
-        mode = Mode.CLOSURE if own_step is not None or reevaluates else Mode.AUTOMATIC
-    elif not found.optimizers:
-        warn("no-optimizer", "configure_optimizers returned None: training_step runs, but nothing is optimized.")
-    if not module.automatic_optimization:
-        _refuse_engine_settings(settings)
-    if reevaluates and loss_scaler is not None:
-        raise ConfigurationError(
-            f"precision={precision.name!r} scales the loss, which {type(optimizer).__name__} cannot be used with, because it "
-            "evaluates the loss several times per step. Use 'bf16-mixed' or '32-true'."
-        )
-    hooks = resolver.table()
+    found = normalize_optimizers(module.configure_optimizers())
+    mode, optimizer = _choose_mode(parts, found.optimizers)
+    scaler = precision.grad_scaler(parts.device.type)
+    hooks = parts.resolver.table()
     if settings.detect_anomaly:
         hooks.on_before_backward = (partial(_refuse_non_finite, outlet.progress), *hooks.on_before_backward)
-    clip = _make_clip(module, settings) if mode is not Mode.MANUAL else None
     run = Run(
         module=module,
-        status=status,
+        status=parts.status,
         progress=outlet.progress,
         metrics=outlet.metrics,
         hooks=hooks,
-        step_context=precision.step_context(device.type),
-        backward_context=precision.backward_context(device.type),
-        scaler=loss_scaler,
-        device=device,
+        step_context=precision.step_context(parts.device.type),
+        backward_context=precision.backward_context(parts.device.type),
+        scaler=LossScaler(scaler) if scaler is not None else None,
+        device=parts.device,
         mode=mode,
         training_step=module.training_step,
         arity=step_arity(module, "training_step", False),
         optimizer=optimizer,
         handles=[],
         schedulers=found.schedulers,
-        reevaluates=reevaluates,
-        backward=module.backward if overridden(module, "backward", LightningModule) else Tensor.backward,
+        reevaluates=optimizer is not None and needs_closure(optimizer),
+        backward=_backward_of(module, settings, outlet.progress, scaler is not None),
         zero_grad=optimizer.zero_grad if optimizer is not None else _nothing,
-        clip=clip,
-        own_optimizer_step=own_step if mode is Mode.CLOSURE else None,
-        own_scheduler_step=(
-            module.lr_scheduler_step if overridden(module, "lr_scheduler_step", LightningModule) else None
-        ),
+        clip=_make_clip(module, settings) if mode is not Mode.MANUAL else None,
+        own_optimizer_step=parts.own("optimizer_step") if mode is Mode.CLOSURE else None,
+        own_scheduler_step=parts.own("lr_scheduler_step"),
         wants_outputs=bool(hooks.on_train_batch_end),
         max_epochs=-1 if settings.max_epochs is None else settings.max_epochs,
         min_epochs=settings.min_epochs or 0,
@@ -150,23 +194,48 @@ def make_run(
         log_every_n_steps=settings.log_every_n_steps or 0,
         outlet=outlet,
         reload_loaders=reload_loaders,
-        move=move,
+        move=parts.move,
     )
-    if optimizer is not None and overridden(module, "optimizer_zero_grad", LightningModule):
-        run.zero_grad = lambda: module.optimizer_zero_grad(run.progress.epoch, run.progress.batch, optimizer)
-    before_step = (*hooks.on_before_optimizer_step, *([clip] if clip is not None else []))
-    run.handles = [
+    own_zero_grad = parts.own("optimizer_zero_grad")
+    if optimizer is not None and own_zero_grad is not None:
+        run.zero_grad = lambda: own_zero_grad(run.progress.epoch, run.progress.batch, optimizer)
+    run.handles = _make_handles(run, found.optimizers)
+    profile_run(run, parts.profiler)
+    return run
+
+
+def _choose_mode(parts: Parts, optimizers: Sequence[Optimizer]) -> tuple[Mode, Optimizer | None]:
+    """Who steps the optimizer, and which one it is if that is the loop."""
+    if not optimizers:
+        warn("no-optimizer", "configure_optimizers returned None: training_step runs, but nothing is optimized.")
+    if not parts.module.automatic_optimization:
+        _refuse_engine_settings(parts.settings)
+        return Mode.MANUAL, None
+    if not optimizers:
+        return Mode.MANUAL, None
+    optimizer = one_optimizer(optimizers)
+    if needs_closure(optimizer) and parts.settings.precision.scales_loss:
+        raise ConfigurationError(
+            f"precision={parts.settings.precision.name!r} scales the loss, which {type(optimizer).__name__} cannot be used with, "
+            "because it evaluates the loss several times per step. Use 'bf16-mixed' or '32-true'."
+        )
+    steps_itself = parts.own("optimizer_step") is not None or needs_closure(optimizer)
+    return (Mode.CLOSURE if steps_itself else Mode.AUTOMATIC), optimizer
+
+
+def _make_handles(run: Run, optimizers: Sequence[Optimizer]) -> list[LightningOptimizer]:
+    before_step = (*run.hooks.on_before_optimizer_step, *([run.clip] if run.clip is not None else []))
+    return [
         LightningOptimizer(
             optimizer=each,
-            others=[other for other in found.optimizers if other is not each],
-            scaler=loss_scaler,
+            others=[other for other in optimizers if other is not each],
+            scaler=run.scaler,
             before_step=before_step,
             after_step=run.count_step,
             backward=run.manual_backward,
         )
-        for each in found.optimizers
+        for each in optimizers
     ]
-    return run
 
 
 def _refuse_engine_settings(settings: Settings) -> None:
@@ -195,21 +264,46 @@ def _nothing() -> None:
 def _refuse_non_finite(progress: Progress, loss: Tensor) -> None:
     if not torch.isfinite(loss).all():
         raise NonFiniteError(
-            f"The loss is {loss.item()} in epoch {progress.epoch}, batch_idx {progress.batch}, after "
-            f"{progress.global_step} steps. Look for a division by zero, a log or root of something ≤ 0, an overflow "
-            "in fp16, or a learning rate that is too high."
+            f"The loss is {loss.item()} in {_place(progress)}. Look for a division by zero, a log or root of something ≤ 0, "
+            "an overflow in fp16, or a learning rate that is too high."
         )
+
+
+def _backward_of(
+    module: LightningModule, settings: Settings, progress: Progress, scales_loss: bool
+) -> Callable[..., Any]:
+    """What computes gradients: torch's or the user's; with ``detect_anomaly`` one that looks at what came out."""
+    backward: Callable[..., Any] = (
+        module.backward if overridden(module, "backward", LightningModule) else Tensor.backward
+    )
+    if not settings.detect_anomaly:
+        return backward
+
+    def checked(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        try:
+            backward(loss, *args, **kwargs)
+        except RuntimeError as error:
+            if "returned nan values" not in str(error):  # torch's anomaly detection has no exception of its own
+                raise
+            raise NonFiniteError(f"{error} That was in the backward pass of {_place(progress)}.") from error
+        if scales_loss:
+            return  # an overflow is what the loss scaler looks for, and mends
+        for name, parameter in module.named_parameters():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                raise NonFiniteError(
+                    f"The gradient of {name} is not finite after the backward pass of {_place(progress)}."
+                )
+
+    return checked
+
+
+def _place(progress: Progress) -> str:
+    return f"epoch {progress.epoch}, batch_idx {progress.batch}, after {progress.global_step} steps"
 
 
 def make_evaluation(
     stage: str,
-    module: LightningModule,
-    resolver: Resolver,
-    settings: Settings,
-    status: Status,
-    outlet: Outlet,
-    device: torch.device,
-    move: Move | None,
+    parts: Parts,
     sources: Sequence[Source],
     *,
     keep_predictions: bool = False,
@@ -219,17 +313,12 @@ def make_evaluation(
 
     Args:
         stage: "validation", "test" or "predict".
-        module: the user's.
-        resolver: who overrides what.
-        settings: the Trainer's.
-        status: where the stage is shown.
-        outlet: where values leave for the loggers.
-        device: where steps run.
-        move: brings batches there.
+        parts: see `Parts`.
         sources: the loaders.
         keep_predictions: whether what steps return is kept.
         record_indices: whether sample indices are kept for prediction writers.
     """
+    module = parts.module
     several = len(sources) > 1
     name = STEP_OF[stage]
     if stage != "predict" and not overridden(module, name, LightningModule):
@@ -241,20 +330,20 @@ def make_evaluation(
             recorders.append(recorder)
     arity = step_arity(module, name, several) if overridden(module, name, LightningModule) else 1
     no_grad: Callable[[], AbstractContextManager[Any]] = (
-        torch.inference_mode if settings.inference_mode else torch.no_grad
+        torch.inference_mode if parts.settings.inference_mode else torch.no_grad
     )
-    return Evaluation(
+    evaluation = Evaluation(
         module=module,
         stage=stage,
         step=getattr(module, name),
         arity=arity,
-        hooks=resolver.evaluation(stage, several),
+        hooks=parts.resolver.evaluation(stage, several),
         sources=sources,
-        move=move,
-        metrics=outlet.metrics,
-        outlet=outlet,
-        status=status,
-        step_context=settings.precision.step_context(device.type),
+        move=parts.move,
+        metrics=parts.outlet.metrics,
+        outlet=parts.outlet,
+        status=parts.status,
+        step_context=parts.settings.precision.step_context(parts.device.type),
         no_grad=no_grad,
         own_eval=overridden(module, f"on_{stage}_model_eval", LightningModule),
         own_train=overridden(module, f"on_{stage}_model_train", LightningModule),
@@ -262,6 +351,8 @@ def make_evaluation(
         recorders=recorders,
         epoch_batch_indices=[[] for _ in sources],
     )
+    profile_evaluation(evaluation, parts.profiler)
+    return evaluation
 
 
 def attach_sources(

@@ -48,6 +48,7 @@ def default_callbacks(given: Any, settings: Settings) -> list[Callback]:
             )
         if wanted is not False and not present:
             callbacks.append(make())
+            settings.reasons.append((f"callback {make.__name__}", f"added, because {name}=False was not given"))
     if settings.fast_dev_run:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
     if settings.max_time is not None:
@@ -97,7 +98,11 @@ def default_loggers(given: Any, settings: Settings, root: str) -> list[Logger]:
     if settings.fast_dev_run:
         return [DummyLogger()]
     if given is None or given is True:
-        return [default_logger(root)]
+        logger = default_logger(root)
+        settings.reasons.append(
+            (f"logger {type(logger).__name__}", "default: TensorBoard if it is installed, else CSV")
+        )
+        return [logger]
     loggers = [given] if isinstance(given, Logger) else given
     if not isinstance(loggers, (list, tuple)) or not all(isinstance(logger, Logger) for logger in loggers):
         reject("logger", given, "True, False, a leyden.loggers.Logger, or a list of them")
@@ -129,16 +134,15 @@ def find_checkpoint(path: Any, callback: ModelCheckpoint | None, root: str, verb
             )
         return callback.best_model_path
     if path == "last":
-        candidates: list[Path] = (
-            [Path(callback.last_model_path)] if callback is not None and callback.last_model_path else []
-        )
-        folders: list[Path] = [Path(root, "checkpoints"), *Path(root, "lightning_logs").glob("version_*/checkpoints")]
+        folders = [Path(root, "checkpoints"), *Path(root, "lightning_logs").glob("version_*/checkpoints")]
         if callback is not None and callback.dirpath:
-            folders = [Path(callback.dirpath)]
-        candidates += [file for folder in folders for file in folder.glob("last*.ckpt")]
-        there = [file for file in candidates if file.is_file()]
+            folders = [Path(callback.dirpath), *_earlier_versions(Path(callback.dirpath))]
+        candidates = [file for folder in folders for file in folder.glob("last*.ckpt")]
+        if callback is not None and callback.last_model_path:
+            candidates.append(Path(callback.last_model_path))
+        there = sorted((file for file in candidates if file.is_file()), key=_changed_at)
         if there:
-            return os.fspath(max(there, key=_changed_at))
+            return os.fspath(there[-1])
         where = ", ".join(dict.fromkeys(map(os.fspath, folders)))
         if verb == "fit":
             print(f"ckpt_path='last': there is none in {where}; training starts anew.")
@@ -151,6 +155,13 @@ def find_checkpoint(path: Any, callback: ModelCheckpoint | None, root: str, verb
     if not Path(path).is_file():
         raise CheckpointError(f"{verb}(ckpt_path={os.fspath(path)!r}): there is no such file.")
     return os.fspath(path)
+
+
+def _earlier_versions(folder: Path) -> Iterable[Path]:
+    """Where earlier runs kept theirs, if this run keeps its checkpoints beside its logs: a new run has a new version."""
+    if folder.name != "checkpoints" or not folder.parent.name.startswith("version_"):
+        return ()
+    return sorted(folder.parent.parent.glob("version_*/checkpoints"))
 
 
 def _changed_at(file: Path) -> int:

@@ -104,7 +104,7 @@ def _device_index(devices: object, kind: Accelerator) -> int:
         except ValueError:
             reject("devices", devices, allowed)
         wanted = parts if "," in wanted else parts[0] if parts else None
-    if wanted == "auto" or (wanted == 1 and not isinstance(wanted, bool)):
+    if wanted == "auto" or (type(wanted) is int and wanted == 1):
         return 0
     if wanted == -1:
         wanted = kind.count()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 
@@ -53,6 +54,30 @@ def warn(code: str, message: str, *, stacklevel: int = 3) -> None:
         stacklevel: as in `warnings.warn`, counted from here.
     """
     warnings.warn(f"[LEY-{code}] {message}", LeydenWarning, stacklevel=stacklevel)
+
+
+def call_each(actions: Iterable[Callable[[], object]], first: BaseException | None = None) -> BaseException | None:
+    """Call every action, also after one of them has raised.
+
+    The exception that came first is the one that counts; Python prints the notes that later ones leave on it.
+
+    Args:
+        actions: what must all be tried, such as the parts of a teardown.
+        first: an exception that came before any of them.
+
+    Returns:
+        The exception that came first, for the caller to raise; None if there was none.
+    """
+    for action in actions:
+        try:
+            action()
+        except BaseException as error:  # noqa: BLE001 nothing is swallowed: the caller raises it, or it is noted
+            if first is None:
+                first = error
+            elif error is not first:
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                first.add_note(f"Afterwards {place.filename}:{place.lineno} raised {type(error).__name__}: {error}")
+    return first
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from types import CodeType
 from typing import Any
 
 from leyden.errors import HookError, did_you_mean
@@ -81,12 +82,24 @@ _SINGLE_HOOKS: dict[str, tuple[str, ...]] = {
     "setup": ("stage",),
     "teardown": ("stage",),
     "prepare_data": (),
+    "train_dataloader": (),
+    "val_dataloader": (),
+    "test_dataloader": (),
+    "predict_dataloader": (),
     "on_save_checkpoint": ("checkpoint",),
     "on_load_checkpoint": ("checkpoint",),
     "transfer_batch_to_device": ("batch", "device", "dataloader_idx"),
     "on_before_batch_transfer": ("batch", "dataloader_idx"),
     "on_after_batch_transfer": ("batch", "dataloader_idx"),
 }
+_DATA_HOOKS: dict[str, tuple[str, ...]] = {
+    **{name: _SINGLE_HOOKS[name] for name in (
+        "setup", "teardown", "prepare_data",
+        "train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader",
+        "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer",
+    )},
+    "on_exception": ("exception",),
+}  # fmt: skip
 _CALLBACK_HOOKS: dict[str, tuple[str, ...]] = {
     "setup": ("stage",),
     "teardown": ("stage",),
@@ -164,16 +177,24 @@ class Resolver:
         callbacks: in the order in which they are called.
         module_base: the class whose hooks count as not overridden.
         callback_base: likewise for callbacks.
+        around: what each hook is wrapped in, given its owner and name, when a profiler watches.
     """
 
     def __init__(
-        self, trainer: Any, module: Any, callbacks: Sequence[Any], module_base: type, callback_base: type
+        self,
+        trainer: Any,
+        module: Any,
+        callbacks: Sequence[Any],
+        module_base: type,
+        callback_base: type,
+        around: Callable[[Any, str, Hook], Hook] | None = None,
     ) -> None:
         self.trainer = trainer
         self.module = module
         self.callbacks = callbacks
         self.module_base = module_base
         self.callback_base = callback_base
+        self.around = around or (lambda owner, name, hook: hook)
 
     def table(self) -> HookTable:
         """Resolve the events of training."""
@@ -214,10 +235,10 @@ class Resolver:
                 if overridden(callback, name, self.callback_base):
                     hook = getattr(callback, name)
                     check_signature(callback, name, ("trainer", "pl_module", *arguments))
-                    found.append(partial(hook, self.trainer, self.module))
+                    found.append(self.around(callback, name, partial(hook, self.trainer, self.module)))
         if ask_module and (event.module_only or overridden(self.module, name, self.module_base)):
             check_signature(self.module, name, arguments)
-            found.append(getattr(self.module, name))
+            found.append(self.around(self.module, name, getattr(self.module, name)))
         return tuple(found)
 
     def check(self, datamodule: Any = None, datamodule_base: type | None = None) -> None:
@@ -237,12 +258,9 @@ class Resolver:
                     check_signature(callback, name, ("trainer", "pl_module", *arguments))
         if datamodule is not None and datamodule_base is not None:
             check_names(datamodule, datamodule_base)
-            for name in ("setup", "teardown", "prepare_data", *_TRANSFER_HOOKS):
+            for name, arguments in _DATA_HOOKS.items():
                 if overridden(datamodule, name, datamodule_base):
-                    check_signature(datamodule, name, _SINGLE_HOOKS[name])
-
-
-_TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+                    check_signature(datamodule, name, arguments)
 
 
 def overridden(owner: Any, name: str, base: type) -> bool:
@@ -317,32 +335,43 @@ def step_arity(owner: Any, name: str, several_dataloaders: bool) -> int:
 
 
 def check_names(owner: Any, base: type) -> None:
-    """Refuse methods whose names are nearly those of hooks that the owner does not have.
+    """Refuse methods whose names are nearly those of hooks that the owner does not have, and which it never calls.
 
     Raises:
         HookError: naming the method, its place and the hook that was probably meant.
     """
     known = {name for name in dir(base) if not name.startswith("_")}
-    for name, where in _own_methods(type(owner), base):
-        if name in known:
+    methods = list(_own_methods(type(owner), base))
+    called = {other for name, method in methods for other in _mentioned(method.__code__) if other != name}
+    for name, method in methods:
+        if name in known or name in called or name.startswith("_"):
             continue
         meant = _MEANT.get(name)
         if meant is None and _looks_like_a_hook(name):
             meant = _closest(name, known)
         if meant in known and not overridden(owner, meant, base):
             raise HookError(
-                f"{type(owner).__name__}.{name} ({where}) is not called by anything. Did you mean {meant!r}? "
+                f"{type(owner).__name__}.{name} ({location(method)}) is not called by anything. Did you mean {meant!r}? "
                 "If it is a helper of your own, give it a name that is further from the hook's, or a leading underscore."
             )
 
 
-def _own_methods(cls: type, base: type) -> Iterable[tuple[str, str]]:
+def _own_methods(cls: type, base: type) -> Iterable[tuple[str, Any]]:
     for parent in cls.__mro__:
         if parent is base or not issubclass(parent, base):
             continue
         for name, value in vars(parent).items():
-            if not name.startswith("_") and inspect.isfunction(value):
-                yield name, location(value)
+            function = inspect.unwrap(getattr(value, "fget", getattr(value, "__func__", value)) or value)
+            if inspect.isfunction(function):
+                yield name, function
+
+
+def _mentioned(code: CodeType) -> Iterable[str]:
+    """Names that the code looks up, in nested functions too."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _mentioned(constant)
 
 
 def _looks_like_a_hook(name: str) -> bool:

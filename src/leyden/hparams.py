@@ -56,6 +56,11 @@ class Hyperparameters:
         ignored = {ignore} if isinstance(ignore, str) else set(ignore)
         arguments = init_arguments(owner, frame)
         if not given:
+            if not arguments and frame is not None and frame.f_code.co_name not in ("__init__", "__post_init__"):
+                raise ConfigurationError(
+                    f"save_hyperparameters() in {frame.f_code.co_name} finds no arguments of {type(owner).__name__}: call it in "
+                    "__init__, or give it a dict."
+                )
             found = arguments
         elif all(isinstance(item, str) for item in given):
             for name in given:
@@ -84,9 +89,33 @@ class Hyperparameters:
         self.to_loggers = self.to_loggers or logger
 
 
+def for_loggers(*owners: object) -> dict[str, Any]:
+    """The hyperparameters that loggers get, of all owners together, as they were when they were saved.
+
+    Raises:
+        ConfigurationError: if two owners have different values under one name.
+    """
+    found: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for owner in owners:
+        saved = getattr(owner, "_saved_hyperparameters", None)
+        for name, value in saved.initial.items() if saved is not None and saved.to_loggers else ():
+            who = type(owner).__name__
+            # Compared as text: tensors and arrays have no one answer to ==.
+            if name in found and repr(found[name]) != repr(value):
+                raise ConfigurationError(
+                    f"The hyperparameter {name!r} is {found[name]!r} in {origin[name]} and {value!r} in {who}, so the loggers "
+                    f"cannot show both. Rename one, or leave it out: save_hyperparameters(ignore={name!r})."
+                )
+            found[name], origin[name] = value, who
+    return found
+
+
 def init_arguments(owner: object, frame: FrameType | None) -> dict[str, Any]:
     """The arguments of every `__init__` of ``owner`` that is running, the outermost class's first."""
     levels: list[dict[str, Any]] = []
+    if frame is not None and frame.f_code.co_name == "__post_init__":  # of a dataclass, called by its __init__
+        frame = frame.f_back
     while frame is not None and frame.f_code.co_name == "__init__":
         info = inspect.getargvalues(frame)
         if not info.args or info.locals.get(info.args[0]) is not owner:
@@ -113,15 +142,21 @@ def build(
     Raises:
         CheckpointError: naming the arguments that neither has, and why one was not saved.
     """
-    parameters = dict(list(inspect.signature(cls).parameters.items()))
+    parameters = inspect.signature(cls).parameters
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     as_one = checkpoint.get("hparams_name")
+    unknown = [name for name in given if name not in parameters]
+    if unknown and not takes_all and as_one not in parameters:
+        raise ConfigurationError(
+            f"{cls.__name__} has no argument {unknown[0]!r}; it has {', '.join(parameters) or 'none'}."
+            f"{did_you_mean(unknown[0], parameters)}"
+        )
     values: dict[str, Any] = {**saved, **given}
     if isinstance(as_one, str) and as_one in parameters:
         inside = AttributeDict({name: value for name, value in values.items() if name not in parameters})
         values = {as_one: inside, **{name: value for name, value in values.items() if name in parameters}}
     elif not takes_all:
-        values = {name: value for name, value in values.items() if name in parameters or name in given}
+        values = {name: value for name, value in values.items() if name in parameters}
     needed = [
         name
         for name, parameter in parameters.items()
@@ -137,4 +172,26 @@ def build(
             f"{cls.__name__}.load_from_checkpoint(path, {needed[0]}=…)"
             + ("." if saved or omitted else ", or call self.save_hyperparameters() in __init__ before training.")
         )
-    return cls(**values)
+    first = [values.pop(name) for name in _positional_only(parameters) if name in values]
+    return cls(*first, **values)
+
+
+def _positional_only(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    return [name for name, parameter in parameters.items() if parameter.kind is inspect.Parameter.POSITIONAL_ONLY]
+
+
+def load_module(
+    cls: type, path: str, map_location: str | torch.device, strict: bool | None, given: Mapping[str, Any]
+) -> Any:
+    """Make a module of ``cls`` from a checkpoint; `LightningModule.load_from_checkpoint` documents the arguments."""
+    from leyden.checkpoint.format import load_checkpoint
+
+    checkpoint = load_checkpoint(path, map_location=map_location)
+    module = build(cls, checkpoint.get("hyper_parameters", {}), checkpoint, given, path)
+    module.configure_model()
+    module.on_load_checkpoint(checkpoint)
+    try:
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading if strict is None else strict)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit {cls.__name__}: {error}") from error
+    return module.to(map_location)

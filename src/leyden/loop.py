@@ -26,13 +26,15 @@ def train(run: Run) -> None:
     call(hooks.on_train_start)
     while run.wants_epoch():
         begin_epoch(run)
-        for batch, following in run.source.batches(run.move, start=progress.batch, ahead=run.accumulate):
+        for batch, following in run.source.batches(run.move, start=progress.batch, ahead=lambda: run.accumulate):
             batch_idx = progress.batch
             run.is_last_batch = following == 0
             metrics.begin_batch(batch, batch_idx)
             if progress.micro_batch == 0:
                 run.window = min(run.accumulate, following + 1)  # the last window of an epoch may be short
             if hooks.on_train_batch_start and skips_epoch(hooks.on_train_batch_start, batch, batch_idx):
+                run.is_last_batch = True
+                run.step_schedulers_after_epoch()
                 break
 
             if run.mode is Mode.AUTOMATIC:
@@ -57,7 +59,7 @@ def train(run: Run) -> None:
                 if run.stop_reached():
                     break
         end_epoch(run)
-    metrics.enter_epoch_hooks()
+    metrics.leave()
     call(hooks.on_train_end)
     run.serve_requests()
 
@@ -106,15 +108,14 @@ def optimizer_step(run: Run) -> None:
         hook(optimizer)
     if run.clip is not None:
         run.clip(optimizer)
+    run.stepped = run.moved = True
     if scaler is None:
         optimizer.step()
-        taken = True
     else:
-        taken = scaler.step(optimizer)
+        run.moved = scaler.step(optimizer)
         scaler.update()
     progress.global_step += 1
-    run.stepped = True
-    if taken and run.step_schedulers:
+    if run.moved and run.step_schedulers:
         run.step_schedulers_after_step()
 
 
@@ -132,19 +133,22 @@ def closure_batch(run: Run, batch: Any, batch_idx: int) -> Any:
     else:
         batches, first = [(batch, batch_idx)], progress.micro_batch
     outputs: list[Any] = []
+    skipped_before = (progress.skipped_in_window, progress.skipped_batches)
 
     def closure() -> Tensor | None:
         progress.micro_batch = first
+        progress.skipped_in_window, progress.skipped_batches = skipped_before
         total = None
         for held_batch, held_idx in batches:
+            run.metrics.begin_batch(held_batch, held_idx)
             outputs.append(forward_backward(run, held_batch, held_idx))
             if run.loss is not None:
                 total = run.loss if total is None else total + run.loss
         if total is None and run.reevaluates:
             raise StepError(
-                f"training_step returned None, but {type(run.optimizer).__name__} needs the loss of every batch. Return a loss."
+                f"training_step returned None, but {type(run.optimizer).__name__} needs a loss in every window. Return a loss."
             )
-        return total
+        return rescaled(run, total)
 
     run.stepped = False
     if run.own_optimizer_step is not None:
@@ -157,11 +161,12 @@ def closure_batch(run: Run, batch: Any, batch_idx: int) -> Any:
             "optimizer.step(closure=optimizer_closure)."
         )
     if run.scaler is not None:
-        run.scaler.update()
+        run.scaler.end_batch()
     progress.micro_batch = progress.skipped_in_window = 0
     if run.stepped:
         progress.global_step += 1
-        run.step_schedulers_after_step()
+        if run.moved:
+            run.step_schedulers_after_step()
     return outputs[-1]
 
 
@@ -171,7 +176,7 @@ def manual_batch(run: Run, batch: Any, batch_idx: int) -> Any:
     with run.step_context:
         output = run.training_step(*(batch, batch_idx)[: run.arity])
     if run.scaler is not None:
-        run.scaler.update()
+        run.scaler.end_batch()
     if run.stepped:
         run.progress.global_step += 1
     return detached(output) if run.wants_outputs else None
@@ -183,23 +188,26 @@ def step_boundary(run: Run) -> None:
     stepped, run.stepped = run.stepped, False
     if stepped and run.log_every_n_steps and progress.global_step % run.log_every_n_steps == 0:
         run.outlet.send(run.metrics.step_values(), progress.global_step)
-    if run.requests:
-        run.serve_requests()
     if run.schedule is not None and run.schedule.pay():
         validate(run)
-        if not run.is_last_batch:  # else the epoch's end serves them, so that a checkpoint is of a whole epoch
-            run.serve_requests()
     if stepped and run.step_schedulers:
         run.step_plateau_schedulers(run.step_schedulers, progress.global_step)
+    # Last, so that a run that goes on from a checkpoint misses nothing of this boundary. After an epoch's last batch its
+    # end serves them, so that a checkpoint is of a whole epoch.
+    if run.requests and not run.is_last_batch:
+        run.serve_requests()
 
 
 def begin_epoch(run: Run) -> None:
     """Open an epoch: fresh loaders if they are to be reloaded, a new order, its hooks."""
     run.is_last_batch, run.window = False, 0
+    if run.progress.batch == 0:
+        run.take_up_random_state()
     run.reload_loaders(run)
     set_epoch(run.source.loader, run.progress.epoch)
     run.metrics.enter_epoch_hooks()
     call(run.hooks.on_train_epoch_start)
+    run.take_up_random_state()  # in the middle of an epoch, what its first hooks drew came before the checkpoint
     run.metrics.enter_batches()
 
 
@@ -212,14 +220,16 @@ def end_epoch(run: Run) -> None:
             "whose __iter__ starts anew, such as a DataLoader."
         )
     progress.micro_batch = progress.skipped_in_window = 0
+    run.held.clear()
     metrics.enter_epoch_hooks()
     metrics.publish_epoch()
     call(run.hooks.on_train_epoch_end)
     run.outlet.send(metrics.publish_epoch(), progress.global_step)
     call(run.hooks.on_train_epoch_end_monitors)
-    run.step_plateau_schedulers(run.epoch_schedulers, progress.epoch + 1)
-    metrics.reset()
     progress.epoch_ended = run.is_last_batch or not run.stop_reached()
+    if progress.epoch_ended:
+        run.step_plateau_schedulers(run.epoch_schedulers, progress.epoch + 1)
+    metrics.reset()
     run.serve_requests()
     progress.start_epoch()
 
@@ -240,6 +250,7 @@ def sanity_check(run: Run, check: Evaluation) -> None:
         evaluate(check)
     check.metrics.reset()
     check.metrics.end_evaluation()
+    check.metrics.leave()
     call(run.hooks.on_sanity_check_end)
 
 
@@ -252,13 +263,13 @@ def evaluate(run: Evaluation) -> None:
     hooks, metrics, several = run.hooks, run.metrics, len(run.sources) > 1
     outer, run.status.stage = run.status.stage, run.stage
     metrics.begin_evaluation()
+    if not run.logs:
+        metrics.leave()
     with evaluation_modes(run), run.no_grad():
         call(hooks.start)
         call(hooks.epoch_start)
         if run.logs:
             metrics.enter_batches()
-        else:
-            metrics.leave()
         for dataloader_idx, source in enumerate(run.sources):
             metrics.begin_dataloader(dataloader_idx if several else None)
             set_epoch(source.loader, 0)
@@ -275,7 +286,8 @@ def evaluate(run: Evaluation) -> None:
                 for hook in hooks.batch_end:
                     hook(output, batch, batch_idx, *which)
         metrics.begin_dataloader(None)
-        metrics.enter_epoch_hooks()
+        if run.logs:
+            metrics.enter_epoch_hooks()
         metrics.publish_epoch()
         call(hooks.epoch_end)
         metrics.publish_epoch()
@@ -286,11 +298,12 @@ def evaluate(run: Evaluation) -> None:
 def report(run: Evaluation) -> None:
     """Send an evaluation's values to the loggers and close its series."""
     metrics = run.metrics
-    for batch_idx, values in metrics.evaluation_history():
-        run.outlet.send(values, batch_idx, with_epoch=False)
+    for batch_idx, values in metrics.evaluation_history() if run.outlet.loggers else ():
+        run.outlet.send(dict(values), batch_idx, with_epoch=False)
     run.outlet.send(metrics.publish_epoch(), run.outlet.progress.global_step)
     metrics.reset()
     metrics.end_evaluation()
+    metrics.leave()  # training opens it again
 
 
 @contextmanager
@@ -331,6 +344,17 @@ def rescale_gradients(optimizer: torch.optim.Optimizer, factor: float) -> None:
         for parameter in group["params"]:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
+
+
+def rescaled(run: Run, total: Tensor | None) -> Tensor | None:
+    """Rescale what a closure computed, where batches of its window had no loss; return its loss."""
+    skipped = run.progress.skipped_in_window
+    if skipped in (0, run.window):
+        return total
+    assert run.optimizer is not None
+    factor = run.window / (run.window - skipped)
+    rescale_gradients(run.optimizer, factor)
+    return None if total is None else total * factor
 
 
 def call(hooks: Iterable[Hook]) -> None:

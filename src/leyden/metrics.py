@@ -5,8 +5,9 @@ Nothing here waits for the device except `to_floats`, which brings any number of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, runtime_checkable
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from leyden.data.transfer import batch_size_of
 from leyden.errors import MetricError, did_you_mean
 
 Value = Tensor | float
+Key = TypeVar("Key", bound=Hashable)
 Reduction = str | Callable[[Tensor], Tensor]
 
 _NAMED_REDUCTIONS: dict[Any, str] = {
@@ -36,10 +38,10 @@ class MetricObject(Protocol):
         """Forget all updates."""
 
 
-def to_floats(values: Mapping[str, Value]) -> dict[str, float]:
+def to_floats(values: Mapping[Key, Value]) -> dict[Key, float]:
     """Bring values to the host: one copy for each device that holds some."""
     floats = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
-    by_device: dict[torch.device, list[str]] = {}
+    by_device: dict[torch.device, list[Key]] = {}
     for name, value in values.items():
         if isinstance(value, Tensor):
             by_device.setdefault(value.device, []).append(name)
@@ -65,7 +67,7 @@ class Series:
         self.metric: MetricObject | None = None
         self.latest: Value | None = None
         self.fresh = False  # logged since the last flush
-        self.history: list[tuple[int, Value]] = []  # (batch, value), kept for evaluation's step values
+        self.history: list[tuple[int, int, Value]] = []  # (loader, batch, value), for evaluation's step values
         self._epoch_value: Value | None = None
         self._pending: list[Tensor] = []
         self._weights: list[float] = []
@@ -85,7 +87,7 @@ class Series:
             if len(self._pending) >= _COMPACT_AT and not callable(self.reduction):
                 self._compact()
         elif callable(self.reduction):
-            self._pending.append(torch.tensor(value))
+            self._pending.append(torch.tensor(float(value)))
         else:
             self._merge(value * weight if self.reduction == "mean" else value, weight)
 
@@ -93,10 +95,13 @@ class Series:
         """Reduce everything that was added since the epoch began; None if nothing was."""
         if self.metric is not None:
             if self._epoch_value is None:
-                self._epoch_value = self.metric.compute()
+                self._epoch_value = _one_number(self.name, "the metric's compute()", self.metric.compute())
             return self._epoch_value
         if callable(self.reduction):
-            return self.reduction(torch.stack(self._pending)) if self._pending else None
+            if not self._pending:
+                return None
+            values = [value if value.is_floating_point() else value.float() for value in self._pending]
+            return _one_number(self.name, "reduce_fx", self.reduction(torch.stack(values)))
         self._compact()
         if self._total is None:
             return None
@@ -137,13 +142,12 @@ class Metrics:
 
     Attributes:
         published: reduced values by key, as they stay visible in ``trainer.callback_metrics``.
-        logged: what the loggers were given last, by key.
     """
 
     def __init__(self) -> None:
         self.published: dict[str, Value] = {}
-        self.logged: dict[str, float] = {}
-        self._prog_bar: dict[str, None] = {}  # an ordered set of the keys of reduced values that the bar shows
+        self._prog_bar: dict[str, None] = {}  # an ordered set of the published keys that the bar shows
+        self._logged: dict[str, None] = {}  # likewise those that loggers get
         self._train: dict[str, Series] = {}
         self._active = self._train
         self._where: str | None = None
@@ -225,8 +229,8 @@ class Metrics:
                     f"self.log({name!r}, …) got a tensor of shape {tuple(value.shape)}; a logged value is one number. "
                     "Reduce it, e.g. with .mean()."
                 )
-            # A tensor without graph may be a buffer that the user goes on changing in place: copy it.
-            value = value.detach() if value.requires_grad else value.clone()
+            # A buffer, or a loss that a penalty is added to, may go on being changed in place: copy it.
+            value = value.detach().clone()
             if value.ndim:
                 value = value.reshape(())
         elif series.metric is not None:
@@ -236,6 +240,7 @@ class Metrics:
                     f"self.log({name!r}, metric, on_step=True) needs the metric's value on this batch: call it as "
                     "self.metric(preds, target) before logging, or log it with on_step=False."
                 )
+            value = _one_number(name, "the metric", value)
         elif not isinstance(value, (int, float)):
             value = self._number(name, value)
         weight = 1.0
@@ -243,7 +248,7 @@ class Metrics:
             weight = batch_size if batch_size is not None else self._size_of_batch()
         series.add(value, weight)
         if on_step and logger and not self._training:
-            series.history.append((self._batch_idx, value))
+            series.history.append((self._dataloader_idx or 0, self._batch_idx, value))
 
     @staticmethod
     def _number(name: str, value: Any) -> float:
@@ -265,8 +270,9 @@ class Metrics:
     def _open(self, name: str, key: str, flags: tuple[Any, ...], value: Any, dataloader_idx: int | None) -> Series:
         if self._where is None:
             raise MetricError(
-                f"self.log({name!r}, …) was called where nothing can be logged. It can be called in the steps and in the "
-                "hooks between on_train_start and on_train_end, or of an evaluation's epochs and batches."
+                f"self.log({name!r}, …) was called in {_calling_function()}, where nothing can be logged. It can be called in "
+                "training_step, validation_step and test_step, in hooks from on_train_start to on_train_epoch_end, and in those "
+                "of validation and test."
             )
         if not isinstance(name, str):
             raise MetricError(f"self.log(name, …) needs a string as name, got {name!r}.")
@@ -285,7 +291,10 @@ class Metrics:
         known = self._active.get(key)
         if known is not None:
             names = ("on_step", "on_epoch", "prog_bar", "logger", "reduce_fx")
-            changed = [f"{n}={a!r} and {b!r}" for n, a, b in zip(names, known.flags, flags, strict=True) if a != b]
+            both = zip(names, known.flags, flags, strict=True)
+            changed = [f"{n}={a!r} and {b!r}" for n, a, b in both if not _same(a, b)]
+            if not changed:
+                return known
             raise MetricError(
                 f"self.log({name!r}, …) was called twice in one epoch with different arguments ({', '.join(changed)}). "
                 "Use one set of arguments, or two names."
@@ -311,9 +320,12 @@ class Metrics:
         for_loggers = {}
         for series in self._active.values():
             if series.on_step and series.latest is not None:
-                self.published[series.name] = self.published[_fork(series, "step")] = series.latest
+                name = _fork(series, "step")
+                self.published[series.name] = self.published[name] = series.latest
                 if series.prog_bar and self._training:
-                    self._prog_bar[_fork(series, "step")] = None
+                    self._prog_bar[name] = None
+                if series.logger:
+                    self._logged[name] = None
             value = series.epoch_value() if series.on_epoch else None
             if value is None:
                 continue
@@ -322,15 +334,20 @@ class Metrics:
             if series.prog_bar:
                 self._prog_bar[name] = None
             if series.logger:
+                self._logged[name] = None
                 for_loggers[name] = value
         return for_loggers
 
-    def evaluation_history(self) -> list[tuple[int, dict[str, Value]]]:
-        """The step values of an evaluation, by loader and batch, for the loggers."""
-        rows: dict[tuple[int, int], dict[str, Value]] = {}
-        for series in self._active.values():
-            for batch_idx, value in series.history:
-                rows.setdefault((series.dataloader_idx or 0, batch_idx), {})[_fork(series, "step")] = value
+    def evaluation_history(self) -> list[tuple[int, dict[str, float]]]:
+        """The step values of an evaluation, by loader and batch, for the loggers; all are read at once."""
+        values = {
+            (loader, batch_idx, _fork(series, "step")): value
+            for series in self._active.values()
+            for loader, batch_idx, value in series.history
+        }
+        rows: dict[tuple[int, int], dict[str, float]] = {}
+        for (loader, batch_idx, name), number in to_floats(values).items():
+            rows.setdefault((loader, batch_idx), {})[name] = number
         return [(batch_idx, rows[loader, batch_idx]) for loader, batch_idx in sorted(rows)]
 
     def evaluation_results(self, dataloaders: int) -> list[dict[str, float]]:
@@ -354,9 +371,18 @@ class Metrics:
     def callback_values(self) -> dict[str, Value]:
         """Every value: reduced ones as published, step values as they are now."""
         values = dict(self.published)
+        epoch_is_published = self._training and self._where == "epoch"
         for series in self._train.values():
-            if series.on_step and series.latest is not None and not (series.on_epoch and self._where == "epoch"):
+            if series.on_step and series.latest is not None and not (series.on_epoch and epoch_is_published):
                 values[series.name] = values[_fork(series, "step")] = series.latest
+        return values
+
+    def logger_values(self) -> dict[str, Value]:
+        """The values that loggers are given, each as it is now; nothing waits for the device."""
+        values = {name: self.published[name] for name in self._logged}
+        for series in self._train.values():
+            if series.logger and series.on_step and series.latest is not None:
+                values[_fork(series, "step")] = series.latest
         return values
 
     def progress_bar_values(self) -> dict[str, float]:
@@ -366,6 +392,30 @@ class Metrics:
             if series.prog_bar and series.on_step and series.latest is not None:
                 values[_fork(series, "step")] = series.latest
         return to_floats(values)
+
+
+def _one_number(name: str, source: str, value: Any) -> Value:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.detach().reshape(())
+    if isinstance(value, (int, float)):
+        return value
+    given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    raise MetricError(
+        f"self.log({name!r}, …): {source} returned {given}; a logged value is one number. Log its parts under their own "
+        "names, e.g. with self.log_dict."
+    )
+
+
+def _same(first: Any, second: Any) -> bool:
+    # A lambda written in the call is a new object at each step, of the same code.
+    return first == second or getattr(first, "__code__", first) is getattr(second, "__code__", second)
+
+
+def _calling_function() -> str:
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("leyden."):
+        frame = frame.f_back
+    return frame.f_code.co_name
 
 
 def _fork(series: Series, ending: str) -> str:

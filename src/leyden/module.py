@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from leyden.data.transfer import move_to_device
 from leyden.errors import ConfigurationError, LeydenError, StepError, warn
-from leyden.hparams import AttributeDict, Hyperparameters, build
+from leyden.hparams import AttributeDict, Hyperparameters, load_module
 from leyden.module_hooks import ModuleHooks
 from leyden.optimizers import LightningOptimizer, Toggle, clip_gradients
 
@@ -348,18 +348,12 @@ class LightningModule(ModuleHooks):
             **kwargs: arguments of `__init__` that the checkpoint does not hold, or that replace those it holds.
 
         Raises:
-            CheckpointError: if the file cannot be read, or an argument is missing (the message says which).
+            CheckpointError: if the file cannot be read or does not fit, or an argument is missing.
         """
-        from leyden.checkpoint.format import load_checkpoint
-
         if hparams_file is not None:
             raise ConfigurationError("hparams_file is not supported: the checkpoint holds the hyperparameters.")
-        checkpoint = load_checkpoint(checkpoint_path, map_location=map_location)
-        module: Self = build(cls, checkpoint.get("hyper_parameters", {}), checkpoint, kwargs, str(checkpoint_path))
-        module.configure_model()
-        module.on_load_checkpoint(checkpoint)
-        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading if strict is None else strict)
-        return module.to(map_location)
+        module: Self = load_module(cls, str(checkpoint_path), map_location, strict, kwargs)
+        return module
 
     # Export
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from leyden.errors import ConfigurationError, did_you_mean
-from leyden.precision import LossScaler
+from leyden.precision import LossScaler, has_gradients
 
 CLIP_ALGORITHMS = ("norm", "value")
 
@@ -214,7 +214,7 @@ class LightningOptimizer:
         others: Sequence[Optimizer],
         scaler: LossScaler | None,
         before_step: Sequence[Callable[[Optimizer], Any]],
-        after_step: Callable[[], None],
+        after_step: Callable[[bool], None],
         backward: Callable[[Tensor], None],
     ) -> None:
         self.optimizer = optimizer
@@ -223,46 +223,67 @@ class LightningOptimizer:
         self._before_step = before_step
         self._after_step = after_step
         self._backward = backward
+        self._needs_closure = needs_closure(optimizer)
         self._accumulated = 0
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Step the optimizer; under fp16 autocast only if no gradient overflowed.
 
         Args:
-            closure: evaluates the loss with gradients; needed by optimizers such as LBFGS.
+            closure: evaluates the loss with gradients; needed by optimizers such as LBFGS. If it leaves no gradients,
+                there is no step.
             **kwargs: passed to the optimizer's own ``step``.
 
         Returns:
             What the optimizer's ``step`` returned; None under loss scaling.
         """
-        result = None
-        if self._scaler is not None:
-            if closure is not None:
-                if needs_closure(self.optimizer):
-                    raise ConfigurationError(
-                        f"{type(self.optimizer).__name__} evaluates its closure several times, which torch's loss scaling "
-                        "does not allow. Use precision='bf16-mixed' or '32-true'."
-                    )
-                closure()
-            self._scaler.unscale(self.optimizer)
-            for hook in self._before_step:
-                hook(self.optimizer)
-            self._scaler.step(self.optimizer, **kwargs)
-        elif closure is not None:
+        if closure is not None and self._scaler is None:
+            return self._step_by_closure(closure, **kwargs)
+        if closure is not None:
+            if self._needs_closure:
+                raise ConfigurationError(
+                    f"{type(self.optimizer).__name__} evaluates its closure several times, which torch's loss scaling "
+                    "does not allow. Use precision='bf16-mixed' or '32-true'."
+                )
+            closure()
+            if not has_gradients(self.optimizer):
+                return None
+        self.unscale()
+        for hook in self._before_step:
+            hook(self.optimizer)
+        return self._apply(**kwargs)
 
-            def evaluate() -> Any:
-                loss = closure()
+    def _step_by_closure(self, closure: Callable[[], Any], **kwargs: Any) -> Any:
+        found = False
+
+        def evaluate() -> Any:
+            nonlocal found
+            loss = closure()
+            if has_gradients(self.optimizer):
+                found = True
                 for hook in self._before_step:
                     hook(self.optimizer)
-                return loss
+            return loss
 
-            result = self.optimizer.step(evaluate, **kwargs)
-        else:
-            for hook in self._before_step:
-                hook(self.optimizer)
-            result = self.optimizer.step(**kwargs)
-        self._after_step()
+        result = self.optimizer.step(evaluate, **kwargs)
+        if found:
+            self._after_step(True)
         return result
+
+    def _apply(self, **kwargs: Any) -> Any:
+        result, moved = None, True
+        if self._scaler is None:
+            result = self.optimizer.step(**kwargs)
+        else:
+            moved = self._scaler.step(self.optimizer, **kwargs)
+        self._after_step(moved)
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set the gradients to none, or to zero."""
+        self.optimizer.zero_grad(set_to_none)
+        if self._scaler is not None:
+            self._scaler.forget(self.optimizer)
 
     def unscale(self) -> None:
         """Under fp16 autocast, bring the gradients to their real size, once per step; else do nothing."""
@@ -300,18 +321,28 @@ class LightningOptimizer:
 
         Returns:
             Whether the optimizer stepped.
+
+        Raises:
+            ConfigurationError: for an optimizer that evaluates the loss several times, as LBFGS does.
         """
+        if self._needs_closure:
+            raise ConfigurationError(
+                f"minimize(loss) has one loss, but {type(self.optimizer).__name__} evaluates it several times. Write a closure "
+                "that calls zero_grad and manual_backward and returns the loss, and call optimizer.step(closure)."
+            )
         if self._accumulated == 0:
-            self.optimizer.zero_grad()
+            self.zero_grad()
         self._backward(loss if accumulate_grad_batches == 1 else loss / accumulate_grad_batches)
         self._accumulated += 1
         if self._accumulated < accumulate_grad_batches:
             return False
         self._accumulated = 0
         self.unscale()
+        for hook in self._before_step:
+            hook(self.optimizer)
         if gradient_clip_val is not None:
             clip_gradients(self.optimizer, gradient_clip_val, gradient_clip_algorithm)
-        self.step()
+        self._apply()
         return True
 
     def __getattr__(self, name: str) -> Any:

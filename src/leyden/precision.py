@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from leyden.errors import did_you_mean, reject
+from leyden.errors import StepError, did_you_mean, reject
 
 
 @dataclass(frozen=True)
@@ -119,24 +119,42 @@ class LossScaler:
 
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
         self.scaler = scaler
-        self._unscaled: set[int] = set()
+        self._unscaled: dict[int, torch.optim.Optimizer] = {}
         self._stepped: set[int] = set()
+        self._stale: dict[int, torch.optim.Optimizer] = {}  # unscaled in an earlier batch, and not stepped
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """Return the loss times the present scale."""
         if self._stepped:
             self.update()
+        if self._stale:
+            self._stale = {key: each for key, each in self._stale.items() if has_gradients(each)}
         return self.scaler.scale(loss)
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the optimizer's gradients by the scale, unless that was done already."""
-        if id(optimizer) not in self._unscaled:
+        """Divide the optimizer's gradients by the scale, unless that was done already or there are none.
+
+        Raises:
+            StepError: if they were unscaled in an earlier batch, so that they are a sum of scaled and unscaled ones.
+        """
+        if id(optimizer) in self._stale:
+            raise StepError(
+                f"The gradients of {type(optimizer).__name__} were unscaled (clipped) in an earlier batch, and scaled ones were "
+                "added since. Clip only in the batch that steps the optimizer, or call optimizer.zero_grad() before backward."
+            )
+        if id(optimizer) not in self._unscaled and has_gradients(optimizer):
             self.scaler.unscale_(optimizer)
-            self._unscaled.add(id(optimizer))
+            self._unscaled[id(optimizer)] = optimizer
+
+    def forget(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note that the optimizer's gradients were set to none or zero."""
+        self._stale.pop(id(optimizer), None)
 
     def step(self, optimizer: torch.optim.Optimizer, **kwargs: Any) -> bool:
-        """Step the optimizer, unless its gradients overflowed; return whether it stepped."""
+        """Step the optimizer, unless its gradients overflowed or there are none; return whether it stepped."""
         self.unscale(optimizer)
+        if id(optimizer) not in self._unscaled:
+            return False
         taken: list[bool] = []
         # The scaler does not tell; asking for the scale would wait for the device.
         watch = optimizer.register_step_post_hook(lambda *_: taken.append(True))
@@ -151,3 +169,17 @@ class LossScaler:
             self.scaler.update()
             self._stepped.clear()
             self._unscaled.clear()
+
+    def end_batch(self) -> None:
+        """Update, and begin anew for every optimizer: unscaling is for the gradients of one batch."""
+        if not self._unscaled:
+            return
+        self._stale.update({key: each for key, each in self._unscaled.items() if key not in self._stepped})
+        self.scaler.update()
+        self._stepped.clear()
+        self._unscaled.clear()
+
+
+def has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether any of the optimizer's parameters has a gradient."""
+    return any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"])

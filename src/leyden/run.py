@@ -22,6 +22,7 @@ from leyden.metrics import Metrics, Value, missing_metric, to_floats
 from leyden.optimizers import LightningOptimizer, SchedulerConfig
 from leyden.precision import LossScaler
 from leyden.progress import Progress
+from leyden.seed import restore_random_state
 
 if TYPE_CHECKING:
     from leyden.loggers import Logger
@@ -64,7 +65,6 @@ class Outlet:
         if not values or not self.loggers:
             return
         numbers = to_floats(values)
-        self.metrics.logged.update(numbers)
         if with_epoch:
             numbers["epoch"] = self.progress.epoch
         for logger in self.loggers:
@@ -172,6 +172,7 @@ class Run:
         wants_outputs: whether somebody listens to what a training batch gave.
         accumulate: batches per step.
         window: batches in the present window: ``accumulate``, or fewer at an epoch's end.
+        random_state: that of the checkpoint that the run goes on from, until training begins.
     """
 
     module: LightningModule
@@ -212,9 +213,11 @@ class Run:
     held: list[tuple[Any, int]] = field(default_factory=list)
     loss: Tensor | None = None
     stepped: bool = False
+    moved: bool = True
     is_last_batch: bool = False
     should_stop: bool = False
     requests: list[Callable[[], None]] = field(default_factory=list)
+    random_state: dict[str, Any] | None = None
     epoch_schedulers: list[SchedulerConfig] = field(init=False)
     step_schedulers: list[SchedulerConfig] = field(init=False)
 
@@ -244,11 +247,21 @@ class Run:
         while self.requests:
             self.requests.pop(0)()
 
+    def take_up_random_state(self) -> None:
+        """Go on drawing random numbers where the checkpoint stands, whatever set-up and hooks have drawn meanwhile."""
+        if self.random_state is not None:
+            restore_random_state(self.random_state, self.device)
+            self.random_state = None
+
     # Optimization
 
-    def count_step(self) -> None:
-        """Note that an optimizer stepped; called by `LightningOptimizer`."""
-        self.stepped = True
+    def count_step(self, moved: bool = True) -> None:
+        """Note that an optimizer stepped; called by `LightningOptimizer`.
+
+        Args:
+            moved: False if the gradients had overflowed, so that the parameters stayed where they were.
+        """
+        self.stepped, self.moved = True, moved
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backward from inside of the user's step: scaled, outside of autocast, with its hooks."""

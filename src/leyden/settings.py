@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -54,6 +55,8 @@ class Settings:
     sync_batchnorm: bool = False
     reload_dataloaders_every_n_epochs: int = 0
     num_nodes: int = 1
+    profiler: Any = None
+    default_root_dir: Any = None
     reasons: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -101,10 +104,12 @@ class Settings:
             if not isinstance(getattr(self, name), bool):
                 reject(name, getattr(self, name), "True or False")
         for name in ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "benchmark"):
-            if getattr(self, name) not in (None, True, False):
+            if not isinstance(getattr(self, name), bool | None):
                 reject(name, getattr(self, name), "True, False or None")
-        if self.deterministic not in (None, True, False, "warn"):
+        if not isinstance(self.deterministic, bool | None) and self.deterministic != "warn":
             reject("deterministic", self.deterministic, "True, False, 'warn' or None")
+        if not isinstance(self.default_root_dir, str | os.PathLike | None):
+            reject("default_root_dir", self.default_root_dir, "a path, or None for the working directory")
         if self.sync_batchnorm:
             reject("sync_batchnorm", True, "False; one device has nothing to synchronise")
 
@@ -133,7 +138,7 @@ class Settings:
             "overfit_batches",
         ):
             value = getattr(self, name)
-            if value is None:
+            if value is None and name != "overfit_batches":
                 setattr(self, name, 1.0)
                 continue
             is_count = type(value) is int and value >= 0
@@ -142,7 +147,7 @@ class Settings:
                 reject(name, value, "a number of batches (int ≥ 0) or a fraction of them (float from 0.0 to 1.0)")
         if self.overfit_batches:
             for name in ("limit_train_batches", "limit_val_batches"):
-                if getattr(self, name) != 1.0:
+                if getattr(self, name) != 1.0 and not (name == "limit_val_batches" and self.limit_val_batches == 0):
                     raise ConfigurationError(
                         f"overfit_batches={self.overfit_batches!r} and {name}={getattr(self, name)!r} contradict each "
                         "other: overfit_batches is the limit of both. Give one of the two."
@@ -208,7 +213,7 @@ class Settings:
             self._choose(name, value, why)
 
     def _apply_barebones(self) -> None:
-        for name in ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "fast_dev_run"):
+        for name in ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "fast_dev_run", "profiler"):
             if getattr(self, name):
                 raise ConfigurationError(
                     f"barebones=True turns {name} off, but {name}={getattr(self, name)!r} was given. Leave one of them out."
@@ -256,7 +261,7 @@ def parse_duration(name: str, value: Any) -> timedelta | None:
     elif isinstance(value, dict):
         try:
             found = timedelta(**value)
-        except TypeError:
+        except (TypeError, ValueError, OverflowError):
             found = None
     elif isinstance(value, str):
         parts = value.split(":")

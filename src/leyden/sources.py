@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from leyden.data.combined import CombinedLoader
-from leyden.data.loader import Source, make_source, without_shuffle
+from leyden.data.loader import Source, make_source, shut_down_workers, without_shuffle
 from leyden.datamodule import LightningDataModule
 from leyden.errors import DataError, warn
 from leyden.hooks import overridden
@@ -23,14 +25,18 @@ class Sources:
         datamodule: LightningDataModule | None,
         passed: dict[str, Any],
         settings: Settings,
+        around: Callable[[Iterator[Any]], Iterator[Any]] | None = None,
     ) -> None:
         self.module = module
         self.datamodule = datamodule
         self.passed = passed
         self.settings = settings
+        self.around = around
         self._raw: dict[str, Any] = {}
         self._train: Source | None = None
         self._validation: list[Source] | None = None
+        self._validates: bool | None = None
+        self._made: list[Source] = []
 
     def has(self, kind: str) -> bool:
         """Whether there is a loader of ``kind``: train, val, test or predict."""
@@ -48,7 +54,7 @@ class Sources:
             limit, limit_name = self.settings.limit_train_batches, "limit_train_batches"
             if self.settings.overfit_batches:
                 limit_name, loader = "overfit_batches", without_shuffle(loader, name)
-            self._train = make_source(loader, name, 1.0 if limit is None else limit, limit_name)
+            self._train = self._make(loader, name, 1.0 if limit is None else limit, limit_name)
         return self._train
 
     def validation(self) -> list[Source]:
@@ -59,8 +65,11 @@ class Sources:
 
     def validates(self) -> bool:
         """Whether `fit` validates: there is a step and a loader for it, and the limit is not 0."""
-        if self.settings.limit_val_batches == 0:
-            return False
+        if self._validates is None:  # asked more than once, but announced once
+            self._validates = self.settings.limit_val_batches != 0 and self._can_validate()
+        return self._validates
+
+    def _can_validate(self) -> bool:
         has_step, has_loader = overridden(self.module, "validation_step", LightningModule), self.has("val")
         name = type(self.module).__name__
         if has_step and not has_loader:
@@ -84,26 +93,42 @@ class Sources:
         if isinstance(given, CombinedLoader) and given.mode == "sequential":
             given = given.flattened
         loaders = list(given.values()) if isinstance(given, dict) else given
+        limit_name = f"limit_{kind}_batches"
+        limit = getattr(self.settings, limit_name)
         if not isinstance(loaders, (list, tuple)):
             loaders = [loaders]
         if self.settings.overfit_batches and kind == "val":
             loaders = [without_shuffle(loader, name) for loader in loaders]
-        limit_name = f"limit_{kind}_batches"
-        limit = getattr(self.settings, limit_name)
-        return [make_source(loader, name, limit, limit_name) for loader in loaders]
+            limit_name = "overfit_batches"
+        return [self._make(loader, name, limit, limit_name) for loader in loaders]
 
     def reload(self) -> None:
         """Forget the loaders, so that the hooks are asked again."""
+        self.shut_down()
         self._train = self._validation = None
 
-    def estimated_steps(self) -> float:
-        """Optimizer steps of the whole training, inf if it has no end."""
+    def shut_down(self) -> None:
+        """End the processes of persistent workers."""
+        for source in self._made:
+            shut_down_workers(source.loader)
+        self._made.clear()
+
+    def estimated_steps(self, accumulate: Callable[[int], int]) -> float:
+        """Optimizer steps of the whole training, inf if it has no end.
+
+        Args:
+            accumulate: gives an epoch's number of batches per step.
+        """
         settings, batches = self.settings, self.train().total
         limit = math.inf if settings.max_steps == -1 else settings.max_steps
         if batches == math.inf or settings.max_epochs in (None, -1):
             return limit
         assert settings.max_epochs is not None
-        return min(limit, math.ceil(batches / settings.accumulate_grad_batches) * settings.max_epochs)
+        return min(limit, sum(math.ceil(batches / accumulate(epoch)) for epoch in range(settings.max_epochs)))
+
+    def _make(self, loader: Any, name: str, limit: int | float, limit_name: str) -> Source:
+        self._made.append(replace(make_source(loader, name, limit, limit_name), around=self.around))
+        return self._made[-1]
 
     def _owner(self, kind: str) -> LightningModule | LightningDataModule | None:
         hook = f"{kind}_dataloader"

@@ -9,8 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from leyden import loop
-from leyden.assemble import attach_sources, check_fit, make_evaluation, make_move, make_resolver, make_run, new_outlet
+from leyden import assemble, loop
 from leyden.callbacks import BasePredictionWriter, Callback
 from leyden.checkpoint import state
 from leyden.checkpoint.format import load_checkpoint
@@ -25,14 +24,17 @@ from leyden.defaults import (
     with_modules_own,
 )
 from leyden.device import resolve_device
-from leyden.errors import ConfigurationError, LeydenError, reject
+from leyden.errors import ConfigurationError, LeydenError, call_each
+from leyden.hparams import for_loggers
 from leyden.metrics import Metrics
 from leyden.module import LightningModule
 from leyden.precision import default_dtype
+from leyden.profilers import resolve_profiler
+from leyden.profilers.wiring import batches_of, finish, measures
 from leyden.run import Evaluation, Outlet, Run, Status
 from leyden.settings import Settings
 from leyden.sources import Sources
-from leyden.strategy import SingleDevice, Strategy
+from leyden.strategy import Strategy, resolve_strategy
 from leyden.trainer_view import TrainerView
 
 if TYPE_CHECKING:
@@ -140,12 +142,13 @@ class Trainer(TrainerView):
         given = {name: value for name, value in locals().items() if name in Settings.__dataclass_fields__}
         self._settings = Settings(**given)
         self._device_choice = resolve_device(accelerator, devices)
-        self.strategy = _resolve_strategy(strategy, self._device_choice.device)
+        self.strategy = resolve_strategy(strategy, self._device_choice.device)
+        self.profiler = resolve_profiler(profiler)
         self._default_root_dir = os.fspath(default_root_dir) if default_root_dir is not None else os.getcwd()
-        self.callbacks = default_callbacks(callbacks, self._settings)
+        self.callbacks = self._active_callbacks = default_callbacks(callbacks, self._settings)
         self.loggers = default_loggers(logger, self._settings, self._default_root_dir)
         self._status = Status()
-        self._outlet: Outlet = new_outlet(self.loggers)
+        self._outlet: Outlet = assemble.new_outlet(self.loggers)
         self._module = self._datamodule = self._sources = self._run = self._evaluation = None
         self.interrupted = False
 
@@ -172,14 +175,16 @@ class Trainer(TrainerView):
             HookError: if the module lacks a step or misspells a hook.
             DataError: if there is nothing to train on.
         """
-        check_fit(_check_module(model))
+        assemble.check_fit(assemble.check_module(model))
         passed = {"train": train_dataloaders, "val": val_dataloaders}
         with self._running("fit", model, datamodule, passed) as resolver:
             run = self._make_run(model, resolver, ckpt_path)
             loop.call(run.hooks.on_fit_start)
             self._sanity_check(run, resolver)
             assert self._sources is not None
-            attach_sources(run, self._sources, self._settings, partial(self._make_evaluation, "validation", resolver))
+            assemble.attach_sources(
+                run, self._sources, self._settings, partial(self._make_evaluation, "validation", resolver)
+            )
             self._status.stage = "train"
             run.metrics.enter_epoch_hooks()
             loop.train(run)
@@ -206,6 +211,7 @@ class Trainer(TrainerView):
         Returns:
             The epoch's values, one dict for each loader.
         """
+        results: list[dict[str, float]] = []  # of a run that is interrupted at a prompt
         with self._evaluating("validate", model, dataloaders, ckpt_path, datamodule) as evaluation:
             loop.evaluate(evaluation)
             results = evaluation.metrics.evaluation_results(len(evaluation.sources))
@@ -221,6 +227,7 @@ class Trainer(TrainerView):
         datamodule: LightningDataModule | None = None,
     ) -> list[dict[str, float]]:
         """Evaluate `test_step` over the test loaders; arguments and result are those of `validate`."""
+        results: list[dict[str, float]] = []  # of a run that is interrupted at a prompt
         with self._evaluating("test", model, dataloaders, ckpt_path, datamodule) as evaluation:
             loop.evaluate(evaluation)
             results = evaluation.metrics.evaluation_results(len(evaluation.sources))
@@ -278,9 +285,10 @@ class Trainer(TrainerView):
         module = self._module
         if module is None:
             raise LeydenError("save_checkpoint: this Trainer has not run a module yet.")
-        captured = state.capture(self, module, self._datamodule, self._active_callbacks, self._run, weights_only)
-        if self.is_global_zero:
-            write_checkpoint(filepath, captured)
+        with self.profiler.profile("save_checkpoint"):
+            captured = state.capture(self, module, self._datamodule, self._active_callbacks, self._run, weights_only)
+            if self.is_global_zero:
+                write_checkpoint(filepath, captured)
         self.strategy.barrier("save_checkpoint")
 
     def explain(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> str:
@@ -295,7 +303,8 @@ class Trainer(TrainerView):
         """
         from leyden.explain import explain
 
-        text = explain(self, _check_module(model), datamodule)
+        assemble.check_fit(assemble.check_module(model))
+        text = explain(self, model, datamodule)
         print(text)
         return text
 
@@ -311,48 +320,54 @@ class Trainer(TrainerView):
         self, verb: str, module: LightningModule, datamodule: LightningDataModule | None, passed: dict[str, Any]
     ) -> Iterator[Resolver]:
         """Everything around the loop of one verb: setup, errors, teardown."""
-        if isinstance(passed.get("train"), LightningDataModule):  # fit(model, datamodule), as people write it
-            datamodule, passed = passed["train"], {}
-        if datamodule is not None and any(value is not None for value in passed.values()):
-            raise ConfigurationError(f"{verb} got both dataloaders and a datamodule. Give one of the two.")
+        datamodule = assemble.check_data(verb, datamodule, passed)
         progress = None if verb == "fit" else self._outlet.progress
-        self._outlet = new_outlet(self.loggers, progress)
+        self._outlet = assemble.new_outlet(self.loggers, progress)
         self._module, self._datamodule = module, datamodule
         self._run = None if verb == "fit" else self._run
         self._evaluation, self.interrupted = None, False
-        self._sources = Sources(module, datamodule, passed, self._settings)
+        self._sources = Sources(module, datamodule, passed, self._settings, batches_of(self.profiler))
+        resolver = self._resolve(module, datamodule)  # a hook that is refused here must not be called in the teardown
         self._status.verb, self._status.stage = verb, None
-        self._active_callbacks: list[Callback] = self.callbacks
-        outcome = "failed"
+        outcome, began = "failed", False
+        first: BaseException | None = None
         try:
             with global_switches(self._settings):
-                yield self._set_up(verb, module, datamodule)
+                self._set_up(verb, module, datamodule)
+                began = True
+                yield resolver
             outcome = "success"
         except KeyboardInterrupt as interrupt:
-            outcome, self.interrupted = "interrupted", True
+            first, outcome, self.interrupted = interrupt, "interrupted", True
             self._on_exception(interrupt)
             print(
                 f"\nInterrupted in epoch {self.current_epoch} after {self.global_step} steps; nothing half-done was saved."
             )
             if not is_interactive():
                 raise SystemExit(130) from None  # 128 + SIGINT, what a shell expects
+            if not began:
+                raise  # a context manager cannot leave out its body
         except BaseException as exception:
+            first = exception
             self._on_exception(exception)
             raise
         finally:
-            self._tear_down(verb, outcome)
+            self._tear_down(verb, outcome, first)
 
-    def _set_up(self, verb: str, module: LightningModule, datamodule: LightningDataModule | None) -> Resolver:
+    def _resolve(self, module: LightningModule, datamodule: LightningDataModule | None) -> Resolver:
         module.trainer = self
-        module.__dict__["_metrics"] = None if self._settings.barebones else self._outlet.metrics
         if datamodule is not None:
             datamodule.trainer = self
         self._active_callbacks = with_modules_own(self.callbacks, module.configure_callbacks())
-        resolver = make_resolver(self, module, self._active_callbacks)
-        resolver.check(datamodule, LightningDataModule)
-        parts = [part for part in (datamodule, module) if part is not None]
-        for part in parts:
-            part.prepare_data()
+        return assemble.make_resolver(self, module, datamodule, self._active_callbacks)
+
+    def _set_up(self, verb: str, module: LightningModule, datamodule: LightningDataModule | None) -> None:
+        if measures(self.profiler):
+            self.profiler.setup(verb, self.log_dir)
+        module.__dict__["_metrics"] = None if self._settings.barebones else self._outlet.metrics
+        if datamodule is not None:
+            datamodule.prepare_data()
+        module.prepare_data()
         if datamodule is not None:
             datamodule.setup(verb)
         for callback in self._active_callbacks:
@@ -362,40 +377,37 @@ class Trainer(TrainerView):
             module.configure_model()
         self._settings.precision.convert_module(module)
         module.to(self.device)
-        return resolver
 
     def _on_exception(self, exception: BaseException) -> None:
-        assert self._module is not None
-        for callback in self._active_callbacks:
-            callback.on_exception(self, self._module, exception)
-        if self._datamodule is not None:
-            self._datamodule.on_exception(exception)
+        module, datamodule = self.lightning_module, self._datamodule
+        parts = [partial(callback.on_exception, self, module, exception) for callback in self._active_callbacks]
+        parts += [partial(datamodule.on_exception, exception)] if datamodule is not None else []
+        call_each(parts, exception)
 
-    def _tear_down(self, verb: str, outcome: str) -> None:
-        module = self._module
-        assert module is not None
-        if verb == "fit":
-            for logger in self.loggers:
-                logger.finalize(outcome)
-        if self._datamodule is not None:
-            self._datamodule.teardown(verb)
-        for callback in self._active_callbacks:
-            callback.teardown(self, module, verb)
-        module.teardown(verb)
+    def _tear_down(self, verb: str, outcome: str, first: BaseException | None) -> None:
+        module, datamodule = self.lightning_module, self._datamodule
+        parts: list[Callable[[], object]] = [partial(finish, self.profiler, verb)]
+        parts += [partial(logger.finalize, outcome) for logger in self.loggers]
+        parts += [self._sources.shut_down] if self._sources is not None else []
+        parts += [partial(datamodule.teardown, verb)] if datamodule is not None else []
+        parts += [partial(callback.teardown, self, module, verb) for callback in self._active_callbacks]
+        last = call_each([*parts, partial(module.teardown, verb)], first)
         self._status.verb = self._status.stage = None
         self._status.sanity = False
         module.__dict__.update(_metrics=None, _run=None)
+        if outcome == "failed":
+            module.trainer = None
+        if first is None and last is not None:
+            raise last
+        for note in getattr(first, "__notes__", ()) if self.interrupted else ():  # no traceback will show them
+            print(note)
 
     def _make_run(self, module: LightningModule, resolver: Resolver, ckpt_path: Any) -> Run:
         path = find_checkpoint(ckpt_path, self.checkpoint_callback, self._default_root_dir, "fit")
         checkpoint = load_checkpoint(path) if path is not None else None
         if checkpoint is not None and path is not None:
             state.apply_weights(self, module, self._active_callbacks, checkpoint, path)
-        move = make_move(module, self._datamodule, self.device, self._settings.precision)
-        run = make_run(
-            self, module, resolver, self._settings, self._status, self._outlet, self.device, move,
-            lambda run: self._reload(run, resolver),
-        )  # fmt: skip
+        run = assemble.make_run(self._parts(resolver), lambda run: self._reload(run, resolver))
         self._run = module.__dict__["_run"] = run
         self._log_hyperparameters(module)
         if checkpoint is not None and path is not None:
@@ -404,11 +416,7 @@ class Trainer(TrainerView):
         return run
 
     def _log_hyperparameters(self, module: LightningModule) -> None:
-        params: dict[str, Any] = {}
-        for part in (module, self._datamodule):
-            saved = getattr(part, "_saved_hyperparameters", None)
-            if saved is not None and saved.to_loggers:
-                params.update(saved.initial)
+        params = for_loggers(module, self._datamodule)
         for logger in self.loggers:
             if params:
                 logger.log_hyperparams(params)
@@ -432,18 +440,20 @@ class Trainer(TrainerView):
         module.__dict__["_metrics"] = None if self._settings.barebones else kept.metrics
 
     def _make_evaluation(self, stage: str, resolver: Resolver, sources: Sequence[Source], **kept: bool) -> Evaluation:
-        module = self._module
-        assert module is not None
-        move = make_move(module, self._datamodule, self.device, self._settings.precision)
-        return make_evaluation(
-            stage, module, resolver, self._settings, self._status, self._outlet, self.device, move, sources, **kept
-        )
+        return assemble.make_evaluation(stage, self._parts(resolver), sources, **kept)
+
+    def _parts(self, resolver: Resolver) -> assemble.Parts:
+        module, settings = self.lightning_module, self._settings
+        move = assemble.make_move(module, self._datamodule, self.device, settings.precision)
+        return assemble.Parts(module, resolver, settings, self._status, self._outlet, self.device, move, self.profiler)
 
     def _reload(self, run: Run, resolver: Resolver) -> None:
         every, epoch = self._settings.reload_dataloaders_every_n_epochs, run.progress.epoch
         if every and epoch and epoch % every == 0 and self._sources is not None:
             self._sources.reload()
-            attach_sources(run, self._sources, self._settings, partial(self._make_evaluation, "validation", resolver))
+            assemble.attach_sources(
+                run, self._sources, self._settings, partial(self._make_evaluation, "validation", resolver)
+            )
 
     @contextmanager
     def _evaluating(
@@ -466,9 +476,7 @@ class Trainer(TrainerView):
             if ckpt_path is None and callback is not None and callback.best_model_path:
                 ckpt_path = "best"
                 print(f"{verb}() without a model: its best checkpoint is taken, {callback.best_model_path}.")
-        if isinstance(dataloaders, LightningDataModule):
-            datamodule, dataloaders = dataloaders, None
-        with self._running(verb, _check_module(model), datamodule, {kind: dataloaders}) as resolver:
+        with self._running(verb, assemble.check_module(model), datamodule, {kind: dataloaders}) as resolver:
             path = find_checkpoint(ckpt_path, self.checkpoint_callback, self._default_root_dir, verb)
             if path is not None:
                 state.apply_weights(self, model, self._active_callbacks, load_checkpoint(path), path)
@@ -482,19 +490,5 @@ class Trainer(TrainerView):
                 record_indices=writes and stage == "predict",
             )
             yield self._evaluation
-
-
-def _check_module(model: object) -> LightningModule:
-    if isinstance(model, LightningModule):
-        return model
-    if isinstance(model, type) and issubclass(model, LightningModule):
-        raise ConfigurationError(f"model is the class {model.__name__}, not an instance. Write {model.__name__}(…).")
-    return reject("model", model, "a leyden.LightningModule")
-
-
-def _resolve_strategy(strategy: object, device: Any) -> Strategy:
-    if isinstance(strategy, Strategy):
-        return strategy
-    if strategy not in ("auto", "single_device"):
-        reject("strategy", strategy, "'auto', 'single_device', or a leyden.strategies.Strategy")
-    return SingleDevice(device)
+        if self._evaluation is None:
+            raise KeyboardInterrupt  # at a prompt, before there was anything to run

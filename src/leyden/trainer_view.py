@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from leyden.callbacks import Callback, EarlyStopping, ModelCheckpoint, ProgressBar
+from leyden.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint, ProgressBar
 from leyden.errors import LeydenError, reject
 from leyden.metrics import as_tensors
 from leyden.optimizers import SchedulerConfig
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from leyden.datamodule import LightningDataModule
     from leyden.loggers import Logger
     from leyden.module import LightningModule
+    from leyden.profilers import Profiler
     from leyden.run import Evaluation, Outlet, Run, Status
     from leyden.settings import Settings
     from leyden.sources import Sources
@@ -32,8 +33,10 @@ class TrainerView(ABC):
     """The public state of a Trainer: abstract, and there so that the verbs have a page of their own."""
 
     callbacks: list[Callback]
+    _active_callbacks: list[Callback]  # the above, and those that the module brings itself
     loggers: list[Logger]
     strategy: Strategy
+    profiler: Profiler
     interrupted: bool
     _settings: Settings
     _default_root_dir: str
@@ -116,8 +119,8 @@ class TrainerView(ABC):
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
-        """What the loggers were given, the latest by key."""
-        return as_tensors(dict(self._outlet.metrics.logged))
+        """Those of the values that loggers are given, by their key, each as it is now."""
+        return as_tensors(self._outlet.metrics.logger_values())
 
     @property
     def progress_bar_metrics(self) -> dict[str, float]:
@@ -234,8 +237,8 @@ class TrainerView(ABC):
 
     @property
     def checkpoint_callbacks(self) -> list[ModelCheckpoint]:
-        """Every `ModelCheckpoint`."""
-        return [callback for callback in self.callbacks if isinstance(callback, ModelCheckpoint)]
+        """Every `ModelCheckpoint`, one that `configure_callbacks` brought too; so for the next four."""
+        return [callback for callback in self._active_callbacks if isinstance(callback, ModelCheckpoint)]
 
     @property
     def checkpoint_callback(self) -> ModelCheckpoint | None:
@@ -245,7 +248,7 @@ class TrainerView(ABC):
     @property
     def early_stopping_callbacks(self) -> list[EarlyStopping]:
         """Every `EarlyStopping`."""
-        return [callback for callback in self.callbacks if isinstance(callback, EarlyStopping)]
+        return [callback for callback in self._active_callbacks if isinstance(callback, EarlyStopping)]
 
     @property
     def early_stopping_callback(self) -> EarlyStopping | None:
@@ -255,7 +258,7 @@ class TrainerView(ABC):
     @property
     def progress_bar_callback(self) -> ProgressBar | None:
         """The progress bar."""
-        return next((callback for callback in self.callbacks if isinstance(callback, ProgressBar)), None)
+        return next((callback for callback in self._active_callbacks if isinstance(callback, ProgressBar)), None)
 
     # Loaders
 
@@ -317,7 +320,10 @@ class TrainerView(ABC):
         """Optimizer steps that `fit` will make; inf if it has no end. Schedulers such as OneCycleLR need it."""
         if self._sources is None:
             raise LeydenError("estimated_stepping_batches is known during fit only: in configure_optimizers and later.")
-        return _whole(self._sources.estimated_steps())
+        for callback in self._active_callbacks:
+            if isinstance(callback, GradientAccumulationScheduler):
+                return _whole(self._sources.estimated_steps(callback.get_accumulate_grad_batches))
+        return _whole(self._sources.estimated_steps(lambda epoch: self.accumulate_grad_batches))
 
     # Predictions
 

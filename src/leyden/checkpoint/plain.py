@@ -10,13 +10,14 @@ that has such a key is written as ``$dict``, so the two cannot be confused.
 ``{"$dict": [[k, v], …]}``    a dict with keys that are not strings (or begin with ``$``), in order
 ``{"$int": "0x…"}``           an integer of more than 64 bits
 ``{"$float": "nan"}``         ``nan``, ``inf`` or ``-inf``
-and                           ``$tuple $set $frozenset $counter $deque $state_dict $bytes $blob $complex
+and                           ``$tuple $set $frozenset $counter $deque $namespace $state_dict $bytes $blob $complex
                               $size $dtype $device $timedelta $ndarray $numpy``
 ============================  ===================================================================
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import collections
 import ctypes
@@ -138,6 +139,8 @@ class Encoder:
             return {"$deque": [value.maxlen, self._items(value, path)]}
         if kind is collections.Counter:
             return {"$counter": self._pairs(value, path)}
+        if kind is argparse.Namespace:
+            return {"$namespace": self._mapping(vars(value), path)}
         if kind is collections.OrderedDict and isinstance(getattr(value, "_metadata", None), dict):
             # module.state_dict() carries the modules' format versions in this attribute; load_state_dict reads it
             metadata = self.encode(dict(value._metadata), (*path, "_metadata"))
@@ -408,6 +411,7 @@ _DECODERS: dict[str, Callable[[Any, Fetch], Any]] = {
     "$set": lambda items, fetch: set(decode(items, fetch)),
     "$frozenset": lambda items, fetch: frozenset(decode(items, fetch)),
     "$counter": lambda pairs, fetch: collections.Counter(_decode_pairs(pairs, fetch)),
+    "$namespace": lambda entries, fetch: argparse.Namespace(**decode(entries, fetch)),
     "$deque": lambda argument, fetch: collections.deque(decode(argument[1], fetch), maxlen=argument[0]),
     "$state_dict": _decode_state_dict,
     "$bytes": lambda text, fetch: base64.b64decode(text, validate=True),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from leyden.errors import CheckpointError, warn
-from leyden.seed import capture_random_state, restore_random_state
+from leyden.seed import capture_random_state
 
 if TYPE_CHECKING:
     from leyden.callbacks.callback import Callback
@@ -68,11 +68,15 @@ def apply_weights(
     """Give the module the weights of a checkpoint.
 
     Raises:
-        CheckpointError: if names or shapes do not fit; the message is torch's, with the file's name.
+        CheckpointError: if there are none, or names or shapes do not fit; the message is torch's, with the file's name.
     """
     for callback in callbacks:
         callback.on_load_checkpoint(trainer, module, checkpoint)
     module.on_load_checkpoint(checkpoint)
+    if "state_dict" not in checkpoint:
+        raise CheckpointError(
+            f"{path} has no 'state_dict', so there are no weights in it; it has {', '.join(checkpoint)}."
+        )
     try:
         module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
     except RuntimeError as error:
@@ -122,4 +126,4 @@ def apply_training(
         )
     if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
-    restore_random_state(checkpoint["random_state"], run.device)
+    run.random_state = checkpoint.get("random_state")  # restored last: set-up and hooks may still draw

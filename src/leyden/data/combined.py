@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -44,6 +44,10 @@ class CombinedLoader:
             return
         for batch_idx, batch in enumerate(self.batches()):
             yield batch, batch_idx, 0
+
+    def with_loaders(self, loaders: Sequence[Any]) -> CombinedLoader:
+        """Return the same structure and mode with other loaders, given in the order of ``flattened``."""
+        return CombinedLoader(tree_unflatten(loaders, self._structure), self.mode)
 
     def batches(self) -> Iterator[Any]:
         """Iterate over the batches alone, without their indices."""

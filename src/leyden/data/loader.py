@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from leyden.data.combined import CombinedLoader
 from leyden.errors import DataError, warn
+from leyden.seed import isolated_random_state
 
 _TORCH_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 
@@ -37,43 +39,56 @@ class Source:
         name: the hook that gave it, for messages.
         total: batches that are read per epoch, after the limit; inf if the loader has no length.
         exact: whether the loader's length can be trusted, so that no batch need be read ahead.
+        around: what the loader's iterator is wrapped in when a profiler watches.
     """
 
     loader: Any
     name: str
     total: float
     exact: bool
+    around: Callable[[Iterator[Any]], Iterator[Any]] | None = None
 
-    def batches(self, move: Move | None, index: int = 0, start: int = 0, ahead: int = 1) -> Iterator[tuple[Any, int]]:
+    def batches(
+        self, move: Move | None, index: int = 0, start: int = 0, ahead: Callable[[], int] = lambda: 1
+    ) -> Iterator[tuple[Any, int]]:
         """Iterate over ``(batch, following)`` of one epoch.
 
         Args:
             move: what brings a batch to the device; None leaves it.
             index: the number of this loader among several.
             start: batches to pass over, because they were trained on before a restart.
-            ahead: how far ahead to read where the length cannot be trusted: a window of accumulated batches must
-                know its size from its first batch on.
+            ahead: how far ahead to read where the length cannot be trusted, asked before each batch: a window of
+                accumulated batches must know its size from its first batch on.
 
         Yields:
             The batch, and how many are known to follow it: all of them, or up to ``ahead``.
         """
         loader = self.loader
-        iterator = loader.batches() if isinstance(loader, CombinedLoader) else iter(loader)
-        if start:
-            next(islice(iterator, start - 1, start), None)
+        # What is drawn for batches that are passed over was drawn before the restart, and is counted there.
+        with isolated_random_state() if start else nullcontext():
+            iterator = loader.batches() if isinstance(loader, CombinedLoader) else iter(loader)
+            only_once = iterator is loader
+            iterator = iterator if self.around is None else self.around(iterator)
+            if start:
+                next(islice(iterator, start - 1, start), None)
         if self.total != math.inf and self.exact:
-            following = int(self.total) - start
+            following = max(0, int(self.total) - start)  # a restart may find fewer batches than there were
             for batch in islice(iterator, following):
                 following -= 1
                 yield (batch if move is None else move(batch, index)), following
             return
         if self.total != math.inf:
-            iterator = islice(iterator, int(self.total) - start)
-        read = deque(islice(iterator, ahead + 1))
+            iterator = islice(iterator, max(0, int(self.total) - start))
+        read = deque(islice(iterator, ahead() + 1))
+        if only_once and not read and self.total and not start:
+            raise DataError(
+                f"{self.name} gave no batch. A generator can be read only once: return an object whose __iter__ starts "
+                "anew, such as a DataLoader."
+            )
         while read:
             batch = read.popleft()
             yield (batch if move is None else move(batch, index)), len(read)
-            read.extend(islice(iterator, 1))
+            read.extend(islice(iterator, max(0, ahead() + 1 - len(read))))
 
 
 def length_of(loader: Any) -> float:
@@ -147,29 +162,50 @@ def set_epoch(loader: Any, epoch: int) -> None:
     """Tell the loader's samplers the epoch, where they want to know it to shuffle anew."""
     parts = loader.flattened if isinstance(loader, CombinedLoader) else [loader]
     for part in parts:
-        for owner in (part, getattr(part, "sampler", None), getattr(part, "batch_sampler", None)):
-            inner = getattr(owner, "sampler", None)
-            for sampler in dict.fromkeys((owner, inner)):
-                if callable(getattr(sampler, "set_epoch", None)):
-                    sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        batch_sampler = getattr(part, "batch_sampler", None)
+        owners = (part, getattr(part, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+        for owner in {id(owner): owner for owner in owners}.values():  # a sampler may be a list, which has no hash
+            set_it = getattr(owner, "set_epoch", None)
+            if callable(set_it):
+                set_it(epoch)
+
+
+def shut_down_workers(loader: Any) -> None:
+    """End a loader's persistent workers, which would otherwise live as long as it.
+
+    If the garbage collector finds them in a cycle, as a Trainer is, torch waits 5 s for each.
+    """
+    for part in loader.flattened if isinstance(loader, CombinedLoader) else [loader]:
+        iterator: Any = getattr(part, "_iterator", None)
+        if isinstance(part, DataLoader) and hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+            part._iterator = None
 
 
 def without_shuffle(loader: Any, name: str) -> Any:
     """Return a loader over the same data in order, as ``overfit_batches`` wants: each epoch the same batches."""
+    if isinstance(loader, CombinedLoader):
+        return loader.with_loaders([without_shuffle(part, name) for part in loader.flattened])
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
     sampler = loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", None)
     if type(sampler) is SequentialSampler:
         return loader
-    if type(loader) is not DataLoader or type(loader.batch_sampler) is not BatchSampler:
+    in_order: Any = None
+    if type(sampler) is RandomSampler:
+        in_order = SequentialSampler(sampler.data_source)
+    elif type(sampler) is SubsetRandomSampler:
+        in_order = sampler.indices  # of no other sample: the rest may be what is validated on
+    if type(loader) is not DataLoader or type(loader.batch_sampler) is not BatchSampler or in_order is None:
         warn(
             "overfit-shuffle",
-            f"overfit_batches: the loader of {name} has a batch sampler of its own, so it goes on drawing batches in its "
-            "own order. Return a loader with shuffle=False to overfit on the same batches.",
+            f"overfit_batches: the loader of {name} has a sampler or batch sampler of its own, so it goes on drawing batches "
+            "in its own order. Return a loader with shuffle=False to overfit on the same batches.",
         )
         return loader
     warn("overfit-shuffle", f"overfit_batches: the loader of {name} is read in order instead of being shuffled.")
-    return rebuilt(loader, BatchSampler(SequentialSampler(loader.dataset), loader.batch_size, loader.drop_last))  # type: ignore[arg-type]
+    own = loader.batch_sampler
+    return rebuilt(loader, BatchSampler(in_order, own.batch_size, own.drop_last))
 
 
 def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
