@@ -37,7 +37,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "checkpoint.retention",
     ),
     ("module", "module_hooks", "datamodule", "callbacks"),
-    ("sources", "defaults", "run", "checkpoint", "explain", "compiled"),
+    ("sources", "defaults", "run", "checkpoint", "explain", "compiled", "lifecycle"),
     ("assemble",),
     ("loop",),
     ("trainer", "trainer_view"),

@@ -95,4 +95,4 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     import leyden
 
     with pytest.raises(AttributeError, match="Trayner"):
-        leyden.Trayner  # type: ignore[attr-defined] # noqa: B018
+        leyden.Trayner  # noqa: B018

@@ -35,6 +35,13 @@ SURFACE = {
         "TensorBoardLogger",
         "default_logger",
     ],
+    "leyden.profilers": [
+        "AdvancedProfiler",
+        "PassThroughProfiler",
+        "Profiler",
+        "PyTorchProfiler",
+        "SimpleProfiler",
+    ],
 }
 
 

@@ -1,0 +1,159 @@
+"""Traces are valid, and hold the actions of the steps that the schedule records."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, schedule
+from torch.utils.data import DataLoader, TensorDataset
+
+import leyden as L
+from leyden.errors import ConfigurationError
+from leyden.profilers import PyTorchProfiler
+
+EPOCHS, TRAIN, VAL = 2, 5, 3
+
+torch.set_num_threads(1)
+
+
+class Net(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.layer(batch[0]).mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.layer(batch[0]).mean())
+
+    def test_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    def on_train_epoch_end(self) -> None: ...
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def batches(count: int) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.ones(count, 2)))
+
+
+def make_trainer(tmp_path: Path, **options: Any) -> L.Trainer:
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    return L.Trainer(**{"accelerator": "cpu", "max_epochs": EPOCHS, "default_root_dir": tmp_path, **quiet, **options})
+
+
+STEP = "[LightningModule]Net.training_step"
+
+
+def names(trace: Path) -> Counter[str]:
+    events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    return Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
+
+
+def test_the_trace_holds_the_recorded_batches(tmp_path: Path) -> None:
+    profiler = PyTorchProfiler()
+    trainer = make_trainer(tmp_path, profiler=profiler, max_epochs=1, accumulate_grad_batches=2)
+    trainer.fit(Net(), batches(6), batches(VAL))
+    assert profiler.traces == [tmp_path / "fit-trace-0.json"]
+    found = names(profiler.traces[0])
+    # batch 0 is passed over, 1 warms up, 2 to 4 are recorded; of these, only 3 ends a window
+    assert {name for name in found if name.startswith("ProfilerStep")} == {f"ProfilerStep#{n}" for n in (2, 3, 4)}
+    assert (found[STEP], found["backward"], found["next_batch"], found["optimizer_step"]) == (3, 3, 3, 1)
+    assert found["validation"] == 0
+    summary = profiler.summary()
+    assert STEP in summary
+    assert summary.endswith(f"Trace: {profiler.traces[0]}")
+
+
+def test_every_cycle_gives_a_trace(tmp_path: Path) -> None:
+    profiler = PyTorchProfiler(tmp_path / "traces", "net", schedule=schedule(wait=0, warmup=1, active=1, repeat=2))
+    make_trainer(tmp_path, profiler=profiler, max_epochs=1, limit_val_batches=0).fit(Net(), batches(TRAIN))
+    assert sorted(path.name for path in (tmp_path / "traces").iterdir()) == [
+        "fit-net-0.json",
+        "fit-net-1.json",
+        "fit-net.txt",
+    ]
+    assert [names(trace)[STEP] for trace in profiler.traces] == [1, 1]
+    assert (tmp_path / "traces" / "fit-net.txt").read_text(encoding="utf-8").count("Trace: ") == 2
+
+
+def test_a_cycle_that_the_run_cuts_short_is_kept(tmp_path: Path) -> None:
+    profiler = PyTorchProfiler()
+    make_trainer(tmp_path, profiler=profiler, max_epochs=1, limit_val_batches=0).fit(Net(), batches(3))
+    assert [names(trace)[STEP] for trace in profiler.traces] == [1]
+
+
+def test_a_run_that_is_too_short_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profiler = PyTorchProfiler(schedule=schedule(wait=5, warmup=1, active=1))
+    make_trainer(tmp_path, profiler=profiler, max_epochs=1, limit_val_batches=0).fit(Net(), batches(2))
+    assert profiler.traces == []
+    assert capsys.readouterr().out == "PyTorchProfiler: 2 batches ran, of which the schedule recorded none.\n"
+
+
+def test_evaluation_batches_are_the_steps_of_test(tmp_path: Path) -> None:
+    profiler = PyTorchProfiler()
+    make_trainer(tmp_path, profiler=profiler).test(Net(), batches(6))
+    assert profiler.traces == [tmp_path / "test-trace-0.json"]
+    assert names(profiler.traces[0])["[LightningModule]Net.test_step"] == 3
+
+
+def test_a_trial_run_writes_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    profiler = PyTorchProfiler()
+    make_trainer(tmp_path, profiler=profiler, fast_dev_run=5).fit(Net(), batches(5), batches(1))
+    assert list(tmp_path.iterdir()) == []
+    assert STEP in capsys.readouterr().out
+
+
+def test_after_an_error_another_run_can_be_profiled(tmp_path: Path) -> None:
+    class Broken(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.trainer.profiler.start("left open")
+            if batch_idx == 3:
+                raise KeyError("broken")
+            return super().training_step(batch, batch_idx)
+
+    profiler = PyTorchProfiler()
+    trainer = make_trainer(tmp_path, profiler=profiler, max_epochs=1, limit_val_batches=0)
+    with pytest.raises(KeyError):
+        trainer.fit(Broken(), batches(5))
+    assert not torch.autograd._profiler_enabled()
+    trainer.fit(Net(), batches(5))
+    assert [names(trace)[STEP] for trace in profiler.traces] == [3]
+
+
+def test_a_trace_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    profiler = PyTorchProfiler(tmp_path / "file" / "traces")
+    trainer = make_trainer(tmp_path, profiler=profiler, max_epochs=1, limit_val_batches=0)
+    with pytest.raises(NotADirectoryError):
+        trainer.fit(Net(), batches(8))
+    assert trainer.global_step == 5  # the batch after which the cycle was complete
+    assert not torch.autograd._profiler_enabled()
+
+
+def test_torchs_options_are_passed_on(tmp_path: Path) -> None:
+    profiler = PyTorchProfiler(record_shapes=True, activities=[ProfilerActivity.CPU], row_limit=3)
+    make_trainer(tmp_path, profiler=profiler, max_epochs=1, limit_val_batches=0).fit(Net(), batches(TRAIN))
+    events = json.loads(profiler.traces[0].read_text(encoding="utf-8"))["traceEvents"]
+    linear = next(event for event in events if event["name"] == "aten::linear")
+    assert linear["args"]["Input Dims"][0] == [1, 2]
+
+
+def test_an_unknown_option_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="Did you mean 'record_shapes'"):
+        PyTorchProfiler(record_shape=True)
