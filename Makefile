@@ -35,9 +35,8 @@ types: $(STAMP) ## check the types
 	$(BIN)/mypy
 
 bench: $(STAMP) ## compare with the hand-written loop and with other trainers
-	@test -f benchmarks/run.py || { echo "There is no benchmarks/run.py yet."; exit 1; }
 	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
-	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python benchmarks/overhead.py $(ARGS)
 
 clean: ## remove caches and build output
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
