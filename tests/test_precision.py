@@ -134,7 +134,7 @@ def test_32_true_is_the_default(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_unknown_precisions_are_refused(given: Any, hint: str, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigurationError, match=rf"precision=.* is not valid\. Allowed: '32-true', .*'bf16' for short{hint}"
+        ConfigurationError, match=rf"precision=.* is not valid\. Allowed: '32-true', .*'bf16' for short\.{hint}"
     ):
         make_trainer(tmp_path, precision=given)
 

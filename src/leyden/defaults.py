@@ -27,14 +27,13 @@ def default_callbacks(given: Any, settings: Settings) -> list[Callback]:
             other.
     """
     if given is None:
-        callbacks: list[Callback] = []
-    elif isinstance(given, Callback):
-        callbacks = [given]
+        callbacks: list[Any] = []
     else:
         callbacks = list(given) if isinstance(given, (list, tuple)) else [given]
     for callback in callbacks:
         if not isinstance(callback, Callback):
-            reject("callbacks", callback, "a leyden.Callback, or a list of them")
+            hint = f" This is the class: write {callback.__name__}(…)." if isinstance(callback, type) else ""
+            reject("callbacks", callback, "a leyden.Callback, or a list of them", hint)
     for kind, name, make in (
         (ModelSummary, "enable_model_summary", ModelSummary),
         (ProgressBar, "enable_progress_bar", RichProgressBar),

@@ -71,7 +71,7 @@ def resolve_device(accelerator: object, devices: object) -> DeviceChoice:
     known = ["auto", "gpu", *ACCELERATORS]
     if not isinstance(name, str) or name not in known:
         hint = did_you_mean(str(accelerator), known)
-        reject("accelerator", accelerator, f"{', '.join(map(repr, known))}{hint}")
+        reject("accelerator", accelerator, f"{', '.join(map(repr, known))}", hint)
     present = [kind for kind in ACCELERATORS.values() if kind.count()]
     if name == "auto":
         kind, reason = present[0], f"accelerator='auto': the first of {', '.join(ACCELERATORS)} that is here"

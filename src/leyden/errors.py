@@ -86,6 +86,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def reject(argument: str, value: object, allowed: str) -> NoReturn:
-    """Raise the one error for a bad argument: its name, what was given, and what is allowed."""
-    raise ConfigurationError(f"{argument}={value!r} is not valid. Allowed: {allowed}.")
+def reject(argument: str, value: object, allowed: str, hint: str = "") -> NoReturn:
+    """Raise the one error for a bad argument: its name, what was given, what is allowed, and what may have been meant."""
+    raise ConfigurationError(f"{argument}={value!r} is not valid. Allowed: {allowed}.{hint}")

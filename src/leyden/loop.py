@@ -177,6 +177,8 @@ def manual_batch(run: Run, batch: Any, batch_idx: int) -> Any:
         output = run.training_step(*(batch, batch_idx)[: run.arity])
     if run.scaler is not None:
         run.scaler.end_batch()
+    if not run.handles:
+        run.stepped = True  # without an optimizer every batch counts, so that limits and logging still have a unit
     if run.stepped:
         run.progress.global_step += 1
     return detached(output) if run.wants_outputs else None

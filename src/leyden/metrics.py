@@ -69,6 +69,7 @@ class Series:
         self.fresh = False  # logged since the last flush
         self.history: list[tuple[int, int, Value]] = []  # (loader, batch, value), for evaluation's step values
         self._epoch_value: Value | None = None
+        self._updates: int | None = None
         self._pending: list[Tensor] = []
         self._weights: list[float] = []
         self._total: Value | None = None
@@ -103,10 +104,16 @@ class Series:
             values = [value if value.is_floating_point() else value.float() for value in self._pending]
             return _one_number(self.name, "reduce_fx", self.reduction(torch.stack(values)))
         self._compact()
-        if self._total is None:
-            return None
+        if self._total is None or (self.reduction == "mean" and self._weight == 0):
+            return None  # nothing was logged, or of empty batches only
         value = self._total / self._weight if self.reduction == "mean" else self._total
         return value.to(torch.get_default_dtype()) if isinstance(value, Tensor) else value
+
+    def forget_computed(self) -> None:
+        """Ask a metric object again, unless its count of updates says that no hook has updated it without logging it."""
+        updates = getattr(self.metric, "update_count", None)
+        if updates is None or updates != self._updates:
+            self._epoch_value, self._updates = None, updates
 
     def _compact(self) -> None:
         if not self._pending:
@@ -173,6 +180,7 @@ class Metrics:
     def leave(self) -> None:
         """From now on nothing may be logged."""
         self._where = None
+        self._batch = None
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Remember the batch that the values to come belong to: its size is their weight in an epoch's mean."""
@@ -326,6 +334,7 @@ class Metrics:
                     self._prog_bar[name] = None
                 if series.logger:
                     self._logged[name] = None
+            series.forget_computed()
             value = series.epoch_value() if series.on_epoch else None
             if value is None:
                 continue

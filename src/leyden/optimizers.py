@@ -215,7 +215,7 @@ class LightningOptimizer:
         scaler: LossScaler | None,
         before_step: Sequence[Callable[[Optimizer], Any]],
         after_step: Callable[[bool], None],
-        backward: Callable[[Tensor], None],
+        backward: Callable[..., None],
     ) -> None:
         self.optimizer = optimizer
         self._others = others
@@ -332,7 +332,10 @@ class LightningOptimizer:
             )
         if self._accumulated == 0:
             self.zero_grad()
-        self._backward(loss if accumulate_grad_batches == 1 else loss / accumulate_grad_batches)
+        # Only into its own parameters: a generator's loss would also fill the discriminator's gradients, in mid-window.
+        own = [parameter for parameter in parameters_of(self.optimizer) if parameter.requires_grad]
+        into = {"inputs": own} if self._others else {}
+        self._backward(loss if accumulate_grad_batches == 1 else loss / accumulate_grad_batches, **into)
         self._accumulated += 1
         if self._accumulated < accumulate_grad_batches:
             return False

@@ -96,7 +96,7 @@ def resolve_precision(precision: object) -> Precision:
     name = _ALIASES.get(str(precision), str(precision))
     if isinstance(precision, bool) or name not in PRECISIONS:
         known = ", ".join(repr(key) for key in PRECISIONS)
-        reject("precision", precision, f"{known}, or 64, 32, 16, 'bf16' for short{did_you_mean(name, PRECISIONS)}")
+        reject("precision", precision, f"{known}, or 64, 32, 16, 'bf16' for short", did_you_mean(name, PRECISIONS))
     return PRECISIONS[name]
 
 

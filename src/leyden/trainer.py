@@ -83,12 +83,12 @@ class Trainer(TrainerView):
         deterministic: True lets torch refuse operations that are not deterministic, "warn" lets it warn.
         benchmark: let cuDNN measure and choose its algorithms.
         inference_mode: evaluate under `torch.inference_mode` (default) rather than `torch.no_grad`.
-        use_distributed_sampler: for several processes.
         profiler: None, "simple", "advanced", "pytorch", or a `leyden.profilers.Profiler`.
         detect_anomaly: stop at the first loss or gradient that is not finite, naming the operation. Slow.
         barebones: turn off everything that is not training, to measure it.
         plugins: a `leyden.precision.Precision` of your own.
         sync_batchnorm: for several processes.
+        use_distributed_sampler: for several processes.
         reload_dataloaders_every_n_epochs: ask the loader hooks again every n epochs; 0 never.
         default_root_dir: where logs and checkpoints go; default: the working directory.
 
@@ -190,6 +190,7 @@ class Trainer(TrainerView):
             loop.train(run)
             run.metrics.leave()
             loop.call(run.hooks.on_fit_end)
+            run.serve_requests()
 
     def validate(
         self,
@@ -308,11 +309,6 @@ class Trainer(TrainerView):
         print(text)
         return text
 
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print once, from the first process only."""
-        if self.is_global_zero:
-            print(*args, **kwargs)
-
     # How a verb is set up and taken down
 
     @contextmanager
@@ -320,7 +316,14 @@ class Trainer(TrainerView):
         self, verb: str, module: LightningModule, datamodule: LightningDataModule | None, passed: dict[str, Any]
     ) -> Iterator[Resolver]:
         """Everything around the loop of one verb: setup, errors, teardown."""
+        if self._status.verb is not None:
+            raise LeydenError(
+                f"{verb} was called while this Trainer runs {self._status.verb}. Use a Trainer of its own for it."
+            )
         datamodule = assemble.check_data(verb, datamodule, passed)
+        before = {
+            name: vars(module)[name] for name in ("_trainer", "_metrics", "_run")
+        }  # another Trainer may be running it
         progress = None if verb == "fit" else self._outlet.progress
         self._outlet = assemble.new_outlet(self.loggers, progress)
         self._module, self._datamodule = module, datamodule
@@ -340,9 +343,8 @@ class Trainer(TrainerView):
         except KeyboardInterrupt as interrupt:
             first, outcome, self.interrupted = interrupt, "interrupted", True
             self._on_exception(interrupt)
-            print(
-                f"\nInterrupted in epoch {self.current_epoch} after {self.global_step} steps; nothing half-done was saved."
-            )
+            where = f"epoch {self.current_epoch} after {self.global_step} steps"
+            print(f"\nInterrupted in {where}; nothing half-done was saved.")
             if not is_interactive():
                 raise SystemExit(130) from None  # 128 + SIGINT, what a shell expects
             if not began:
@@ -353,6 +355,8 @@ class Trainer(TrainerView):
             raise
         finally:
             self._tear_down(verb, outcome, first)
+            if before["_run"] is not None:
+                vars(module).update(before)
 
     def _resolve(self, module: LightningModule, datamodule: LightningDataModule | None) -> Resolver:
         module.trainer = self
@@ -405,14 +409,16 @@ class Trainer(TrainerView):
     def _make_run(self, module: LightningModule, resolver: Resolver, ckpt_path: Any) -> Run:
         path = find_checkpoint(ckpt_path, self.checkpoint_callback, self._default_root_dir, "fit")
         checkpoint = load_checkpoint(path) if path is not None else None
-        if checkpoint is not None and path is not None:
+        if checkpoint is None or path is None:
+            for callback in self._active_callbacks:
+                callback.start_anew()
+        else:
             state.apply_weights(self, module, self._active_callbacks, checkpoint, path)
         run = assemble.make_run(self._parts(resolver), lambda run: self._reload(run, resolver))
         self._run = module.__dict__["_run"] = run
         self._log_hyperparameters(module)
         if checkpoint is not None and path is not None:
             state.apply_training(self._active_callbacks, self._datamodule, run, checkpoint, path)
-            print(f"Going on from {path}: epoch {run.progress.epoch}, step {run.progress.global_step}.")
         return run
 
     def _log_hyperparameters(self, module: LightningModule) -> None:

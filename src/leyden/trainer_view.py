@@ -347,6 +347,11 @@ class TrainerView(ABC):
 
     # Processes and devices
 
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print once, from the first process only."""
+        if self.is_global_zero:
+            print(*args, **kwargs)
+
     @property
     def is_global_zero(self) -> bool:
         """Whether this process writes logs and files."""

@@ -210,7 +210,7 @@ def test_gan_equals_its_loop_by_hand(kind: type[GanModule], precision: str, clip
     assert all(parameter.requires_grad for parameter in module.parameters())
 
 
-def test_gan_without_toggle_leaves_the_other_networks_gradients(tmp_path: Path) -> None:
+def test_minimize_fills_no_gradients_but_its_own(tmp_path: Path) -> None:
     seen: list[bool] = []
 
     class Untoggled(GanModule):
@@ -218,9 +218,11 @@ def test_gan_without_toggle_leaves_the_other_networks_gradients(tmp_path: Path) 
             optimizer_g, _ = self.optimizers()
             optimizer_g.minimize(self.gan.generator_loss(batch))
             seen.append(self.gan.discriminator[0].weight.grad is not None)
+            self.manual_backward(self.gan.generator_loss(batch))  # as in PyTorch, this one fills all
+            seen.append(self.gan.discriminator[0].weight.grad is not None)
 
     make_trainer(tmp_path, max_steps=1).fit(Untoggled(), gan_loader())
-    assert seen == [True]
+    assert seen == [False, True]
 
 
 def test_toggle_freezes_exactly_the_others_and_restores_what_was_frozen(tmp_path: Path) -> None:

@@ -37,6 +37,9 @@ class Callback:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
 
+    def start_anew(self) -> None:
+        """Forget what an earlier `fit` left; called when `fit` begins without a checkpoint to go on from."""
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add to, or change, the checkpoint before it is written."""
 

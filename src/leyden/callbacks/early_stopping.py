@@ -92,13 +92,17 @@ class EarlyStopping(Callback):
         self.divergence_threshold = divergence_threshold
         self.check_on_train_epoch_end = check_on_train_epoch_end
         self.log_rank_zero_only = log_rank_zero_only
-        self.wait_count = 0
-        self.stopped_epoch = 0
-        self.best_score = torch.tensor(math.inf if mode == "min" else -math.inf)
-        self.stopping_reason: str | None = None
-        self.stopping_reason_message: str | None = None
         self._sign = 1.0 if mode == "max" else -1.0
         self._counts = True  # False while the verb is not fit
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """Forget what an earlier `fit` counted."""
+        self.wait_count = 0
+        self.stopped_epoch = 0
+        self.best_score = torch.tensor(math.inf if self.mode == "min" else -math.inf)
+        self.stopping_reason: str | None = None
+        self.stopping_reason_message: str | None = None
         self._value_before: Tensor | None = None
         self._validated = False  # a validation ended in this fit
         self._source: str | None = None  # "validation" or "training", once that was seen

@@ -29,24 +29,20 @@ _DEFAULT_FILENAME = "{epoch}-{step}"
 class ModelCheckpoint(Callback):
     """Save a checkpoint at each trigger, and keep the best ``save_top_k`` of them and, if asked, the last.
 
-    The trigger is one of: every ``every_n_epochs`` epochs (the default, 1), every ``every_n_train_steps`` optimizer
-    steps, or every ``train_time_interval``. The file is written at the next step boundary, with the metrics of that
-    moment. A step is saved at most once, also across a restart.
+    The trigger is one of: every ``every_n_epochs`` epochs (the default, 1), every ``every_n_train_steps`` optimizer steps, or
+    every ``train_time_interval``. The file is written at the next step boundary, with the metrics of then, once per step.
 
-    **Best k**: at a trigger, the checkpoint is written if it is among the best ``save_top_k`` so far; then,
-    and only then, the one that it displaces is deleted. Of equal scores the earlier is kept; NaN is the worst
-    score. Without ``monitor``, the most recent one is kept.
+    **Best k**: at a trigger, the checkpoint is written if it is among the best ``save_top_k`` so far; only then the one that it
+    displaces is deleted. Of equal scores the earlier is kept; NaN is the worst. Without ``monitor``, the latest is kept.
 
-    **Last**: ``last.ckpt`` is written at every trigger, whether or not that checkpoint is among the best, and when
-    training ends if steps were done since. It is always the last; one from an earlier run in the same folder is
-    replaced.
+    **Last**: ``last.ckpt`` is written at every trigger, whether or not that checkpoint is among the best, and when training ends
+    if steps were done since. It is always the last; one from an earlier run in the same folder is replaced.
 
-    If ``monitor`` was never logged, a `MetricError` is raised. Only as long as the fit's first validation has not ended
-    is it a warning (``checkpoint-no-score``): no best-k file is written then, but ``last`` is; with
-    ``save_top_k=-1`` the checkpoint is written, with the score NaN.
+    If ``monitor`` was never logged, a `MetricError` is raised. Only before the fit's first validation has ended is it a warning
+    (``checkpoint-no-score``): no best-k file is written then, but ``last`` is; with ``save_top_k=-1`` one with the score NaN.
 
-    When a run is resumed into another folder, files in the old folder are never deleted: the best k are counted
-    anew, and ``best_model_path`` stays the old best until it is beaten.
+    When a run is resumed into another folder, files in the old one are never deleted: the best k are counted anew, and
+    ``best_model_path`` stays the old best until it is beaten.
 
     Args:
         dirpath: folder; by default ``checkpoints`` in the first logger's ``log_dir``, or in ``default_root_dir``.
@@ -121,17 +117,21 @@ class ModelCheckpoint(Callback):
                 _check_template(template)
         if save_last and self._with_ending(filename or _DEFAULT_FILENAME) == self._with_ending(last):
             reject("filename", filename, f"another name than {last!r}, which save_last uses")
+        self._fitting = False
+        self._validated = False
+        self._start_step = 0
+        self._started_s = 0.0
+        self._pending: Callable[[], None] | None = None
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """Forget the checkpoints of an earlier `fit`; their files stay."""
         self.last_model_path = ""
         self._history: list[Saved] = []  # the kept ones, in order of time
         self._inherited: Saved | None = None  # the best of the folder that this run was resumed from
         self._current: float | None = None
         self._step_saved: int | None = None
         self._loaded_from: str | None = None  # folder in the state that was loaded, until it is compared
-        self._fitting = False
-        self._validated = False
-        self._start_step = 0
-        self._started_s = 0.0
-        self._pending: Callable[[], None] | None = None
 
     @property
     def state_key(self) -> str:

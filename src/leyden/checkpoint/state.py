@@ -126,4 +126,7 @@ def apply_training(
         )
     if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
+    print(f"Going on from {path}: epoch {run.progress.epoch}, step {run.progress.global_step}.")
+    if 0 <= run.max_epochs <= run.progress.epoch:
+        print(f"max_epochs={run.max_epochs} is reached already, so nothing is left to train. Raise it to go on.")
     run.random_state = checkpoint.get("random_state")  # restored last: set-up and hooks may still draw

@@ -13,6 +13,7 @@ from typing import Any
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -129,6 +130,11 @@ def make_source(loader: Any, name: str, limit: int | float, limit_name: str) -> 
     """
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
         raise DataError(f"{name} gave {loader!r}, which cannot be iterated over. Return a DataLoader.")
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise DataError(
+            f"{name} gave a {type(loader).__name__}, which is a dataset: it would be read sample by sample. Wrap it: "
+            "DataLoader(dataset, batch_size=…)."
+        )
     length = length_of(loader)
     if length == 0:
         raise DataError(f"{name} gave a loader without batches{_why_empty(loader)}.")

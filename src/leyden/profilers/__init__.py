@@ -45,7 +45,7 @@ def resolve_profiler(profiler: object) -> Profiler:
         return profiler
     if not isinstance(profiler, str) or profiler not in _NAMES:
         hint = did_you_mean(profiler, _NAMES) if isinstance(profiler, str) else ""
-        reject("profiler", profiler, f"None, {', '.join(map(repr, _NAMES))}, or a leyden.profilers.Profiler{hint}")
+        reject("profiler", profiler, f"None, {', '.join(map(repr, _NAMES))}, or a leyden.profilers.Profiler", hint)
     made = getattr(import_module(f"{__name__}.{profiler}"), _NAMES[profiler])()
     assert isinstance(made, Profiler)
     return made
