@@ -576,3 +576,22 @@ def test_explain_refuses_what_fit_refuses(make: Any, tmp_path: Path) -> None:
     with pytest.raises(HookError) as from_explain:
         trainer(tmp_path).explain(make())
     assert str(from_explain.value) == str(from_fit.value)
+
+
+def test_a_line_with_nothing_under_it_has_no_colon(tmp_path: Path) -> None:
+    class Manual(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None: ...
+
+        def configure_optimizers(self) -> None: ...
+
+    trainer = L.Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, max_epochs=1)
+    lines = trainer.explain(Manual()).split("Settings")[0].splitlines()
+    steps = [line.strip() for line in lines if "optimizer.step()" in line]
+    assert steps == ["optimizer.step()"]
+    depths = [len(line) - len(line.lstrip()) for line in lines]
+    for index, line in enumerate(lines[:-1]):
+        assert depths[index + 1] > depths[index] or not line.endswith(":"), line

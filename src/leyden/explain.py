@@ -56,7 +56,7 @@ def explain(trainer: Trainer, module: LightningModule, datamodule: LightningData
         resolver.evaluation("validation", False)
     case = _Case(trainer, module, datamodule, callbacks)
     words, holds = case.words(), case.conditions()
-    body = _branch(lines_of("fit", case.mode), words, holds, case.listeners)
+    body = _without_bare_colons(list(_branch(lines_of("fit", case.mode), words, holds, case.listeners)))
     settings = [f"    {name:<34}  {reason}".rstrip() for name, reason in case.choices()]
     return "\n".join([f"fit({type(module).__name__})", *indent("\n".join(body), "    ").splitlines(), "",
                       "Settings", *settings])  # fmt: skip
@@ -91,6 +91,13 @@ def _branch(
             yield row(text, ", ".join(who))
         elif line.default and (default := line.default.format_map(words)):
             yield start + default
+
+
+def _without_bare_colons(body: list[str]) -> list[str]:
+    """A line whose inner lines were all left out opens nothing."""
+    depths = [len(line) - len(line.lstrip()) for line in body] + [0]
+    opens = [depths[index + 1] > depths[index] for index in range(len(body))]
+    return [line if inner else line.removesuffix(":") for line, inner in zip(body, opens, strict=True)]
 
 
 @dataclass
