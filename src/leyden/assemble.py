@@ -323,6 +323,10 @@ def make_evaluation(
     name = STEP_OF[stage]
     if stage != "predict" and not overridden(module, name, LightningModule):
         raise HookError(f"{type(module).__name__} has no {name}, so there is nothing to run. Define it.")
+    if stage == "predict" and not (parts.own(name) or overridden(module, "forward", torch.nn.Module)):
+        raise HookError(
+            f"{type(module).__name__} has neither predict_step nor forward, so there is nothing to run. Define one."
+        )
     recorders = []
     if record_indices:
         for source in sources:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 import leyden as L
 from leyden.data import CombinedLoader
 from leyden.errors import ConfigurationError, DataError, LeydenWarning
+from quiet import make_trainer
 
 torch.set_num_threads(1)
 
@@ -81,20 +82,6 @@ class Data(L.LightningDataModule):
 
     def predict_dataloader(self) -> Any:
         return self.loader("predict", 4)
-
-
-def make_trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
-    settings: dict[str, Any] = {
-        "max_epochs": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "accelerator": "cpu",
-        "default_root_dir": folder,
-        "num_sanity_val_steps": 0,
-    }
-    return L.Trainer(callbacks=list(callbacks), **(settings | options))
 
 
 # Once per verb

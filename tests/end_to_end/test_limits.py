@@ -22,6 +22,7 @@ import leyden as L
 from leyden.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
 from leyden.errors import ConfigurationError, DataError, LeydenWarning
 from leyden.loggers import CSVLogger
+from quiet import make_trainer
 
 torch.set_num_threads(1)
 
@@ -72,20 +73,6 @@ def data(samples: int, **options: Any) -> Any:
 
 def stream(samples: int) -> Any:
     return DataLoader(Stream(samples), batch_size=1)
-
-
-def make_trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
-    settings: dict[str, Any] = {
-        "max_epochs": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-        "accelerator": "cpu",
-        "default_root_dir": folder,
-        "num_sanity_val_steps": 0,
-    }
-    return L.Trainer(callbacks=list(callbacks), **(settings | options))
 
 
 def run_all(trainer: L.Trainer, loader: Any, kind: type[Counting] = Counting) -> Counting:

@@ -315,3 +315,11 @@ def test_a_writer_that_misses_its_method_is_refused_before_the_first_batch(tmp_p
 
     with pytest.raises(HookError, match="calls write_on_batch_end: implement it"):
         make_trainer(tmp_path, BasePredictionWriter("batch")).predict(Never(), data(2))
+
+
+def test_a_module_with_nothing_to_predict_with_is_refused(tmp_path: Path) -> None:
+    class Mute(L.LightningModule): ...
+
+    loader: DataLoader[Any] = DataLoader([torch.zeros(1)])  # type: ignore[arg-type]
+    with pytest.raises(HookError, match="Mute has neither predict_step nor forward"):
+        make_trainer(tmp_path).predict(Mute(), loader)

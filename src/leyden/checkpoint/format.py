@@ -219,7 +219,7 @@ def _why_no_header(start: bytes, size: int, length: int) -> str:
     if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
         return (
             "this is a pickle, as torch.save writes it, and leyden does not read pickles, because loading one can run "
-            "code. Checkpoints of Lightning are read through leyden.compat"
+            "code. For weights: torch.load(path, weights_only=True), then module.load_state_dict(…)"
         )
     if length <= _MAX_HEADER_BYTES:
         return f"the file is cut short: it has {size} bytes, less than its header"
