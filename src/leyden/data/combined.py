@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -55,8 +55,24 @@ class CombinedLoader:
             for loader in self.flattened:
                 yield from loader
             return
-        iterators = [iter(loader) for loader in self.flattened]
-        ended = [False] * len(iterators)
+        for parts in self.rounds(lambda index: iter(self.flattened[index]), [False] * len(self.flattened)):
+            yield self.structured(parts)
+
+    def structured(self, parts: Sequence[Any]) -> Any:
+        """Put one part for each loader, in the order of ``flattened``, into the structure that was given."""
+        return tree_unflatten(parts, self._structure)
+
+    def rounds(self, open_part: Callable[[int], Iterator[Any]], ended: list[bool]) -> Iterator[list[Any]]:
+        """Read the loaders in turns, in the modes other than "sequential".
+
+        Args:
+            open_part: begins to read the loader of this index, also when it is started again.
+            ended: which loaders have ended at least once; kept up to date, so that a caller can take it up later.
+
+        Yields:
+            One item for each loader; None for one that has ended, in the mode "max_size".
+        """
+        iterators = [open_part(index) for index in range(len(self.flattened))]
         while iterators:
             parts = []
             for index, iterator in enumerate(iterators):
@@ -69,12 +85,12 @@ class CombinedLoader:
                         return
                     part = None
                     if self.mode == "max_size_cycle":
-                        iterators[index] = iter(self.flattened[index])
+                        iterators[index] = open_part(index)
                         part = next(iterators[index], _END)
                         if part is _END:
                             return  # an empty loader cannot be cycled
                 parts.append(part)
-            yield tree_unflatten(parts, self._structure)
+            yield parts
 
 
 _END = object()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,15 +17,13 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
-    WeightedRandomSampler,
 )
-from torch.utils.data.distributed import DistributedSampler
 
 from leyden.data.combined import CombinedLoader
+from leyden.data.indexed import TORCH_SAMPLERS, is_plain
+from leyden.data.reader import Position, Reader, Ticket
+from leyden.data.reading import make_reader
 from leyden.errors import DataError, warn
-from leyden.seed import isolated_random_state
-
-_TORCH_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 
 Move = Callable[[Any, int], Any]
 
@@ -41,6 +38,7 @@ class Source:
         total: batches that are read per epoch, after the limit; inf if the loader has no length.
         exact: whether the loader's length can be trusted, so that no batch need be read ahead.
         around: what the loader's iterator is wrapped in when a profiler watches.
+        reader: how the loader is read; by default what suits it.
     """
 
     loader: Any
@@ -48,48 +46,74 @@ class Source:
     total: float
     exact: bool
     around: Callable[[Iterator[Any]], Iterator[Any]] | None = None
+    reader: Reader | None = None
+
+    def __post_init__(self) -> None:
+        self._reader = self.reader = self.reader or make_reader(self.loader, self.name)
+        self._ticket: Ticket | None = None  # of the batch that was given last
 
     def batches(
-        self, move: Move | None, index: int = 0, start: int = 0, ahead: Callable[[], int] = lambda: 1
+        self,
+        move: Move | None,
+        index: int = 0,
+        start: int = 0,
+        position: Position | None = None,
+        ahead: Callable[[], int] = lambda: 1,
     ) -> Iterator[tuple[Any, int]]:
         """Iterate over ``(batch, following)`` of one epoch.
 
         Args:
             move: what brings a batch to the device; None leaves it.
             index: the number of this loader among several.
-            start: batches to pass over, because they were trained on before a restart.
+            start: batches of this epoch that were trained on before a restart.
+            position: where the loader stood then, from `position`.
             ahead: how far ahead to read where the length cannot be trusted, asked before each batch: a window of
                 accumulated batches must know its size from its first batch on.
 
         Yields:
             The batch, and how many are known to follow it: all of them, or up to ``ahead``.
         """
-        loader = self.loader
-        # What is drawn for batches that are passed over was drawn before the restart, and is counted there.
-        with isolated_random_state() if start else nullcontext():
-            iterator = loader.batches() if isinstance(loader, CombinedLoader) else iter(loader)
-            only_once = iterator is loader
-            iterator = iterator if self.around is None else self.around(iterator)
-            if start:
-                next(islice(iterator, start - 1, start), None)
+        reader, self._ticket = self._reader, None
+        reading = reader.read(position or ({"count": start} if start else None), self.total)
+        reading = reading if self.around is None else self.around(reading)
         if self.total != math.inf and self.exact:
             following = max(0, int(self.total) - start)  # a restart may find fewer batches than there were
-            for batch in islice(iterator, following):
+            for batch, self._ticket in islice(reading, following):
                 following -= 1
                 yield (batch if move is None else move(batch, index)), following
             return
         if self.total != math.inf:
-            iterator = islice(iterator, max(0, int(self.total) - start))
-        read = deque(islice(iterator, ahead() + 1))
-        if only_once and not read and self.total and not start:
+            reading = islice(reading, max(0, int(self.total) - start))  # without asking once more for the end
+        read = deque(islice(reading, ahead() + 1))
+        if reader.only_once and not read and self.total and not start:
             raise DataError(
                 f"{self.name} gave no batch. A generator can be read only once: return an object whose __iter__ starts "
                 "anew, such as a DataLoader."
             )
         while read:
-            batch = read.popleft()
+            batch, self._ticket = read.popleft()
             yield (batch if move is None else move(batch, index)), len(read)
-            read.extend(islice(iterator, max(0, ahead() + 1 - len(read))))
+            read.extend(islice(reading, max(0, ahead() + 1 - len(read))))
+
+    def position(self) -> Position | None:
+        """Where the loader stood after the batch that was given last, as plain data; None before the first."""
+        return None if self._ticket is None else self._reader.position(self._ticket)
+
+    def rest(self) -> dict[str, Any]:
+        """What of the loader lives on from one epoch to the next, as plain data."""
+        return self._reader.rest()
+
+    def take_rest(self, rest: dict[str, Any]) -> None:
+        """Take back what `rest` returned, between two epochs."""
+        self._reader.take_rest(rest)
+
+    def indices(self) -> list[int] | None:
+        """The sample indices of the batch that was given last; None if they cannot be known."""
+        return None if self._ticket is None else self._reader.indices(self._ticket)
+
+    def shut_down(self) -> None:
+        """End worker processes that outlive an epoch."""
+        self._reader.shut_down()
 
 
 def length_of(loader: Any) -> float:
@@ -109,11 +133,11 @@ def has_exact_length(loader: Any) -> bool:
         return True
     if isinstance(loader, CombinedLoader):
         return all(has_exact_length(part) for part in loader.flattened)
-    if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
+    if not is_plain(loader):
         return False
     if loader.batch_sampler is None:
-        return type(loader.sampler) in _TORCH_SAMPLERS
-    return type(loader.batch_sampler) is BatchSampler and type(loader.batch_sampler.sampler) in _TORCH_SAMPLERS
+        return type(loader.sampler) in TORCH_SAMPLERS
+    return type(loader.batch_sampler) is BatchSampler and type(loader.batch_sampler.sampler) in TORCH_SAMPLERS
 
 
 def make_source(loader: Any, name: str, limit: int | float, limit_name: str) -> Source:
@@ -176,18 +200,6 @@ def set_epoch(loader: Any, epoch: int) -> None:
                 set_it(epoch)
 
 
-def shut_down_workers(loader: Any) -> None:
-    """End a loader's persistent workers, which would otherwise live as long as it.
-
-    If the garbage collector finds them in a cycle, as a Trainer is, torch waits 5 s for each.
-    """
-    for part in loader.flattened if isinstance(loader, CombinedLoader) else [loader]:
-        iterator: Any = getattr(part, "_iterator", None)
-        if isinstance(part, DataLoader) and hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
-            part._iterator = None
-
-
 def without_shuffle(loader: Any, name: str) -> Any:
     """Return a loader over the same data in order, as ``overfit_batches`` wants: each epoch the same batches."""
     if isinstance(loader, CombinedLoader):
@@ -229,28 +241,3 @@ def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
     )
-
-
-class RecordingBatchSampler:
-    """A batch sampler that remembers the sample indices of the batches it gave, for prediction writers."""
-
-    def __init__(self, batch_sampler: Any) -> None:
-        self._batch_sampler = batch_sampler
-        self.indices: deque[list[int]] = deque()
-
-    def __len__(self) -> int:
-        return len(self._batch_sampler)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        self.indices.clear()
-        for batch in self._batch_sampler:
-            self.indices.append(list(batch))  # workers fetch ahead, in this order
-            yield batch
-
-
-def recording(loader: Any) -> tuple[Any, RecordingBatchSampler | None]:
-    """Return a loader that remembers sample indices, and where it keeps them; None if it cannot be known."""
-    if type(loader) is not DataLoader or loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
-        return loader, None
-    sampler = RecordingBatchSampler(loader.batch_sampler)
-    return rebuilt(loader, sampler), sampler

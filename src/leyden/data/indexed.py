@@ -1,0 +1,256 @@
+"""Read torch's `DataLoader` over a map-style dataset: the same samples, in the same order, augmented alike, after any restart.
+
+A pass is a function of the random state at its start and of the number of its batch:
+
+- **Order.** On resume the sampler is started again from the state of then, and passed over without loading a sample.
+- **Augmentation.** Each batch is loaded with random numbers of its own, seeded by the pass and the batch's number, in the
+  main process or in any worker. Nothing that training draws depends on how many workers load.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    default_collate,
+    default_convert,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from leyden.data.generators import generator_states, owned_generators, seed_generators, set_generator_states
+from leyden.data.reader import Position, Reader, Ticket, has_state, shut_down_workers
+from leyden.data.seeded import SeededDataset, WorkerInit, fetcher
+from leyden.data.worker import signals_held_back
+from leyden.errors import warn
+from leyden.seed import (
+    RandomStream,
+    capture_random_state,
+    derived_seed,
+    exchange_numpy_generator,
+    isolated_random_state,
+    restore_random_state,
+)
+
+TORCH_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
+
+
+def is_plain(loader: Any) -> bool:
+    """Whether it is torch's `DataLoader` over a map-style dataset, or a subclass that reads as that does.
+
+    Those are subclasses that change only how they are made, and torchdata's ``StatefulDataLoader``: it gives the same batches,
+    but its state lacks the random numbers that workers draw.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    kind = type(loader)
+    if kind.__module__.partition(".")[0] == "torchdata":
+        return True
+    return all(getattr(kind, name) is getattr(DataLoader, name) for name in ("__iter__", "_get_iterator"))
+
+
+def draws_nothing(dataset: Any, collate: Any) -> bool:
+    """Whether loading surely draws no random number: tensors, lists and ranges, and parts of them."""
+    if collate is not default_collate and collate is not default_convert:
+        return False
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    if type(dataset) is ConcatDataset:
+        return all(draws_nothing(part, collate) for part in dataset.datasets)
+    return isinstance(dataset, torch.Tensor) or type(dataset) in (TensorDataset, list, tuple, range)
+
+
+class IndexedReader(Reader):
+    """A `DataLoader` over a map-style dataset."""
+
+    def __init__(self, loader: DataLoader[Any], name: str) -> None:
+        self.loader = loader
+        self._name = name
+        self._batched = loader.batch_sampler is not None
+        self._sampler: Any = loader.batch_sampler if self._batched else loader.sampler
+        inner = getattr(self._sampler, "sampler", None) if type(self._sampler) is BatchSampler else self._sampler
+        self._known = type(inner) in TORCH_SAMPLERS
+        self._draws = not draws_nothing(loader.dataset, loader.collate_fn)
+        self._own = owned_generators(loader.dataset, loader.collate_fn) if self._draws else {}
+        self._samplers: dict[str, Any] = {
+            name: owner for name, owner in (("outer", self._sampler), ("inner", inner)) if has_state(owner)
+        }
+        pinned = loader.pin_memory and torch.accelerator.is_available()
+        self._direct = loader.num_workers == 0 and not pinned
+        self._feed = _Feed()
+        self._workers: DataLoader[Any] | None = None  # torch's loader, reading from the feed
+
+    def read(self, position: Position | None = None, limit: float = math.inf) -> Iterator[tuple[Any, Ticket]]:
+        """See `Reader.read`. Passing over batches loads no samples."""
+        if position is None:
+            start = self._begin()
+            order, count = self._order(start), 0
+        else:
+            start, count = position.get("start") or self._begin(), int(position["count"])
+            with isolated_random_state():
+                order = self._resumed(start, position)
+        if limit != math.inf:
+            order = islice(order, max(0, int(limit) - count))  # workers must not draw indices beyond the limit
+        return (self._load_here if self._direct else self._load_in_workers)(order, start, count)
+
+    def position(self, ticket: Ticket) -> Position:
+        """Return the ticket as plain data, with a check number of the last indices, by which a resumed order is known."""
+        return {**super().position(ticket), "last": _check_number(ticket.detail)}
+
+    def indices(self, ticket: Ticket) -> list[int] | None:
+        """The sample indices of the ticket's batch."""
+        return None if ticket.detail is None or not self._batched else list(ticket.detail)
+
+    def rest(self) -> dict[str, Any]:
+        """See `Reader.rest`. The dataset's generators are not in it: they are seeded for each batch."""
+        samplers = {name: copy.deepcopy(sampler.state_dict()) for name, sampler in self._samplers.items()}
+        return {"generators": generator_states(self._order_generators()), "samplers": samplers}
+
+    def take_rest(self, rest: dict[str, Any]) -> None:
+        """See `Reader.take_rest`."""
+        set_generator_states(self._order_generators(), rest.get("generators", {}))
+        for name, state in rest.get("samplers", {}).items():
+            if name in self._samplers:
+                self._samplers[name].load_state_dict(copy.deepcopy(state))
+
+    def _order_generators(self) -> dict[str, Any]:
+        return owned_generators(self.loader.generator, self._sampler, but=self.loader.dataset)
+
+    def shut_down(self) -> None:
+        """End persistent workers."""
+        if self._workers is not None:
+            shut_down_workers(self._workers)
+        self._workers = None
+
+    def _begin(self) -> dict[str, Any]:
+        """What a pass over this loader depends on."""
+        # torch's own samplers draw from torch alone, which saves 5 KB in a checkpoint
+        state = torch.default_generator.get_state()
+        return {
+            "seed": derived_seed(bytes(state.tolist())),
+            "random": {"torch": state} if self._known else capture_random_state(),
+            **self.rest(),
+        }
+
+    def _order(self, start: dict[str, Any]) -> Iterator[Any]:
+        """Start the sampler; it draws what it draws under torch's own iterator, so that the order is the same."""
+        torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)  # torch's seed for workers
+        order = iter(self._sampler) if self._known else _apart(self._sampler, derived_seed(start["seed"], "order"))
+        for first in order:  # now, for workers would ask for it before training draws anything
+            return chain([first], order)
+        return order
+
+    def _resumed(self, start: dict[str, Any], position: Position) -> Iterator[Any]:
+        """Start the sampler as it was started then, and pass over what was trained on."""
+        restore_random_state(start["random"])
+        self.take_rest(start)
+        order = self._order(start)
+        last = None
+        for last in islice(order, int(position["count"])):  # noqa: B007
+            pass
+        if position.get("last") not in (None, _check_number(last)):
+            warn(
+                "data-order",
+                f"{self._name}: batch {position['count']} of the present epoch has other samples than when the checkpoint was "
+                f"written, so the order of the rest differs as well. Either the dataset has changed, or "
+                f"{type(self._sampler).__name__} depends on more than set_epoch, the global random state and the generators "
+                "among its attributes: give it state_dict and load_state_dict.",
+            )
+        return order
+
+    def _load_here(self, order: Iterator[Any], start: dict[str, Any], count: int) -> Iterator[tuple[Any, Ticket]]:
+        fetch = fetcher(self.loader.dataset, self.loader.collate_fn, self._batched)
+        if not self._draws:
+            for number, indices in enumerate(order, count + 1):
+                yield fetch(indices), Ticket(start, number, indices)
+            return
+        stream = RandomStream(0)
+        for number, indices in enumerate(order, count + 1):
+            seed = derived_seed(start["seed"], number)
+            with stream.begin(seed):
+                seed_generators(self._own, seed)
+                batch = fetch(indices)
+            yield batch, Ticket(start, number, indices)
+
+    def _load_in_workers(self, order: Iterator[Any], start: dict[str, Any], count: int) -> Iterator[tuple[Any, Ticket]]:
+        given: deque[Any] = deque()
+
+        def tagged() -> Iterator[tuple[int, Any]]:
+            for number, indices in enumerate(order, count + 1):
+                given.append(indices)
+                yield derived_seed(start["seed"], number), indices
+
+        if self._workers is None:
+            self._workers = _fed(self.loader, self._feed, self._batched)
+        self._feed.order = tagged()
+        in_order = getattr(self.loader, "in_order", True)
+        with signals_held_back():  # until the workers know what to do with them
+            batches = iter(self._workers)
+        for number, batch in enumerate(batches, count + 1):
+            if self._draws:
+                exchange_numpy_generator()
+            indices = given.popleft()
+            yield batch, Ticket(start, number, indices if in_order else None)
+
+
+class _Feed:
+    """A batch sampler that gives what it was given for the present pass."""
+
+    order: Iterator[Any] = iter(())
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.order
+
+
+def _fed(loader: DataLoader[Any], feed: _Feed, batched: bool) -> DataLoader[Any]:
+    """A loader like ``loader`` whose workers load what ``feed`` says, seeded for each batch."""
+    options: dict[str, Any] = {"batch_sampler": feed} if batched else {"batch_size": None, "sampler": feed}
+    if hasattr(loader, "in_order"):
+        options["in_order"] = loader.in_order
+    return DataLoader(
+        SeededDataset(loader.dataset, loader.collate_fn, batched),
+        **options,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=WorkerInit(loader.worker_init_fn) if loader.num_workers else None,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=torch.Generator(),  # its draw must not be one of the program's
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+def _apart(sampler: Any, seed: int) -> Iterator[Any]:
+    """Iterate over a user's sampler with random numbers of its own, whoever draws in between."""
+    stream = RandomStream(seed)
+    with stream:
+        iterator = iter(sampler)
+    while True:
+        with stream:
+            try:
+                indices = next(iterator)
+            except StopIteration:
+                return
+        yield indices
+
+
+def _check_number(indices: Any) -> int | None:
+    return None if indices is None else zlib.crc32(repr(indices).encode())

@@ -1,0 +1,240 @@
+"""How any loader is read: torch's own by its indices, one with a state by that, any other by reading it again."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from leyden.data.combined import CombinedLoader
+from leyden.data.generators import generator_states, owned_generators, set_generator_states
+from leyden.data.indexed import IndexedReader, is_plain
+from leyden.data.reader import Position, Reader, Ticket, has_state, shut_down_workers
+from leyden.data.seeded import WorkerInit
+from leyden.data.worker import signals_held_back
+from leyden.errors import warn
+from leyden.seed import RandomStream, capture_random_state, derived_seed, isolated_random_state, restore_random_state
+
+
+def make_reader(loader: Any, name: str) -> Reader:
+    """Choose how a loader is read.
+
+    Args:
+        loader: a `DataLoader`, a `CombinedLoader`, or any iterable of batches.
+        name: the hook that gave it, for messages.
+    """
+    if isinstance(loader, CombinedLoader):
+        return CombinedReader(loader, name)
+    if is_plain(loader):
+        return IndexedReader(loader, name)
+    if has_state(loader):
+        return StatefulReader(loader, loader)
+    if isinstance(loader, DataLoader) and loader.num_workers == 0 and has_state(loader.dataset):
+        return StatefulReader(loader, loader.dataset)
+    return OpaqueReader(loader, name)
+
+
+class StatefulReader(Reader):
+    """A loader, or the dataset in it, that has ``state_dict`` and ``load_state_dict`` and so keeps its own position.
+
+    Its state is asked for after each batch, and copied: that is what makes reading ahead harmless.
+    """
+
+    def __init__(self, loader: Any, owner: Any) -> None:
+        self.loader = loader
+        self._owner = owner
+
+    def read(self, position: Position | None = None, limit: float = math.inf) -> Iterator[tuple[Any, Ticket]]:
+        """See `Reader.read`."""
+        start, count = _begin(position, self.loader), 0
+        if position is None or "state" not in position:
+            with isolated_random_state():  # whether it draws may depend on whether it has been put at a position
+                iterator = iter(self.loader)
+        else:
+            count = int(position["count"])
+            with isolated_random_state():
+                restore_random_state(start["random"])
+                self._owner.load_state_dict(copy.deepcopy(position["state"]))
+                iterator = iter(self.loader)
+        return self._read(iterator, start, count, limit)
+
+    def position(self, ticket: Ticket) -> Position:
+        """Return the ticket as plain data."""
+        return {**super().position(ticket), "state": ticket.detail}
+
+    def rest(self) -> dict[str, Any]:
+        """See `Reader.rest`."""
+        return {"state": copy.deepcopy(self._owner.state_dict())}
+
+    def take_rest(self, rest: dict[str, Any]) -> None:
+        """See `Reader.take_rest`."""
+        if "state" in rest:
+            self._owner.load_state_dict(copy.deepcopy(rest["state"]))
+
+    def shut_down(self) -> None:
+        """End persistent workers."""
+        shut_down_workers(self.loader)
+
+    def _read(
+        self, iterator: Iterator[Any], start: dict[str, Any], count: int, limit: float
+    ) -> Iterator[tuple[Any, Ticket]]:
+        stream = RandomStream(0)
+        while count < limit:
+            count += 1
+            with stream.begin(derived_seed(start["seed"], count)):
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+            yield batch, Ticket(start, count, copy.deepcopy(self._owner.state_dict()))
+
+
+class OpaqueReader(Reader):
+    """Any other iterable of batches: to go on, it is read again from its start, which one line says."""
+
+    def __init__(self, loader: Any, name: str) -> None:
+        self.loader = loader
+        if isinstance(loader, DataLoader) and loader.num_workers:
+            self.loader = copy.copy(loader)  # the user's own stays as it is
+            self.loader.worker_init_fn = WorkerInit(loader.worker_init_fn)
+        self._name = name
+
+    def read(self, position: Position | None = None, limit: float = math.inf) -> Iterator[tuple[Any, Ticket]]:
+        """See `Reader.read`. Batches that were trained on are loaded again, with the random numbers of then."""
+        start = _begin(position, self.loader)
+        done = 0 if position is None else int(position["count"])
+        if isinstance(self.loader, (list, tuple)):
+            return (
+                (batch, Ticket(start, count, None))
+                for count, batch in enumerate(islice(self.loader, done, None), done + 1)
+                if count <= limit
+            )
+        if done:
+            warn("fast-forward", self._fast_forward(done))
+        with isolated_random_state() if done else nullcontext():
+            if done:
+                restore_random_state(start["random"])
+                set_generator_states(owned_generators(self.loader), start["generators"])
+            with signals_held_back():
+                iterator = iter(self.loader)
+            self.only_once = iterator is self.loader
+            reading = self._read(iterator, start, limit)
+            next(islice(reading, done - 1, done), None) if done else None
+        return reading
+
+    def shut_down(self) -> None:
+        """End persistent workers."""
+        shut_down_workers(self.loader)
+
+    def _fast_forward(self, done: int) -> str:
+        workers = getattr(self.loader, "num_workers", 0)
+        dataset = getattr(self.loader, "dataset", self.loader)
+        inexact = (
+            " Random numbers drawn in persistent workers are not those of the first time."
+            if getattr(self.loader, "persistent_workers", False)
+            else ""
+        )
+        advice = "Use torchdata's StatefulDataLoader" if workers else "Give it state_dict and load_state_dict"
+        return (
+            f"{self._name}: {type(dataset).__name__} cannot be put at a position, so the {done} batches before it are read again "
+            f"and passed over.{inexact} {advice} to go on at once."
+        )
+
+    def _read(self, iterator: Iterator[Any], start: dict[str, Any], limit: float) -> Iterator[tuple[Any, Ticket]]:
+        stream, count = RandomStream(0), 0
+        while count < limit:
+            count += 1
+            with stream.begin(derived_seed(start["seed"], count)):
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+            yield batch, Ticket(start, count, None)
+
+
+def _begin(position: Position | None, loader: Any) -> dict[str, Any]:
+    if position is not None and position.get("start"):
+        start: dict[str, Any] = position["start"]
+        return start
+    state = capture_random_state()
+    return {
+        "seed": derived_seed(bytes(state["torch"].tolist())),
+        "random": state,
+        "generators": generator_states(owned_generators(loader)),
+    }
+
+
+class CombinedReader(Reader):
+    """Several loaders read together; each keeps its own place."""
+
+    def __init__(self, loader: CombinedLoader, name: str) -> None:
+        self.loader = loader
+        self._readers = [make_reader(part, name) for part in loader.flattened]
+
+    def read(self, position: Position | None = None, limit: float = math.inf) -> Iterator[tuple[Any, Ticket]]:
+        """See `Reader.read`."""
+        parts = [None] * len(self._readers) if position is None else list(position["parts"])
+        count = 0 if position is None else int(position["count"])
+        if self.loader.mode == "sequential":
+            return self._in_sequence(parts, 0 if position is None else position["present"], count, limit)
+        ended = [False] * len(self._readers) if position is None else list(position["ended"])
+        return self._together(parts, ended, count, limit)
+
+    def position(self, ticket: Ticket) -> Position:
+        """Return the tickets of all loaders as plain data."""
+        present, ended, tickets = ticket.detail
+        # a loader that had ended before the restart has no ticket, but still the position of then
+        parts = [
+            reader.position(part) if isinstance(part, Ticket) else part
+            for reader, part in zip(self._readers, tickets, strict=True)
+        ]
+        return {"count": ticket.number, "present": present, "ended": list(ended), "parts": parts}
+
+    def rest(self) -> dict[str, Any]:
+        """See `Reader.rest`."""
+        return {"parts": [reader.rest() for reader in self._readers]}
+
+    def take_rest(self, rest: dict[str, Any]) -> None:
+        """See `Reader.take_rest`."""
+        for reader, part in zip(self._readers, rest.get("parts", ()), strict=False):
+            reader.take_rest(part)
+
+    def shut_down(self) -> None:
+        """End the persistent workers of all loaders."""
+        for reader in self._readers:
+            reader.shut_down()
+
+    def _in_sequence(
+        self, parts: list[Position | None], present: int, count: int, limit: float
+    ) -> Iterator[tuple[Any, Ticket]]:
+        tickets: list[Ticket | None] = [None] * len(parts)
+        for index in range(present, len(parts)):
+            inside = parts[index]
+            before = count - (0 if inside is None else int(inside["count"]))
+            for batch, ticket in self._readers[index].read(inside, limit - before):
+                count += 1
+                tickets[index] = ticket
+                yield batch, Ticket({}, count, (index, (), tuple(tickets)))
+            tickets[index] = None
+
+    def _together(
+        self, parts: list[Position | None], ended: list[bool], count: int, limit: float
+    ) -> Iterator[tuple[Any, Ticket]]:
+        whole = limit if self.loader.mode != "max_size_cycle" else math.inf  # of one loader's pass
+        resumed: list[Position | None] = list(parts)
+        tickets: list[Any] = list(parts)
+
+        def open_part(index: int) -> Iterator[tuple[Any, Ticket]]:
+            position, resumed[index] = resumed[index], None
+            return self._readers[index].read(position, whole)
+
+        for items in self.loader.rounds(open_part, ended):
+            count += 1
+            tickets = [tickets[i] if item is None else item[1] for i, item in enumerate(items)]
+            batch = self.loader.structured([None if item is None else item[0] for item in items])
+            yield batch, Ticket({}, count, (0, tuple(ended), tuple(tickets)))
