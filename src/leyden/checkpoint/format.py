@@ -7,44 +7,92 @@ The rest of the checkpoint is a JSON tree (see `leyden.checkpoint.plain`) among 
 ``format``              ``pt``, which tools of other libraries look for
 ``leyden_format``       the version of this layout, `FORMAT_VERSION`
 ``leyden_version``      the leyden that wrote it
+``leyden_about``        JSON: what a search for checkpoints wants to know, see `About`
 ``leyden_checkpoint``   the JSON tree, with the tensors' names in their places
 ``leyden_checksums``    JSON: the CRC-32 of each tensor's dtype, shape and bytes, by name
-``leyden_checksum``     the CRC-32 of the three entries above
+``leyden_checksum``     the CRC-32 of the five entries above
 ======================  ==========================================================================
 
-CRC-32 finds torn writes and flipped bits, not forgery; a forged file can only hold wrong numbers, for nothing in it is
-run. It costs one pass over the bytes when saving and one when loading, at 1 to 4 GB/s per core, several times
-faster than most disks.
-
-The writer is a dozen lines here rather than ``safetensors.torch.save_file`` because that needs numpy and a second
-copy in memory, and opens the file itself, so that it cannot be synced. Reading goes through the library.
+``docs/checkpoint_format.md`` is the whole specification. CRC-32 finds torn writes and flipped bits, not forgery; a
+forged file can only hold wrong numbers, for nothing in it is run. It costs one pass over the bytes when saving and one
+when loading, at 1 to 4 GB/s per core, several times faster than most disks.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import dataclasses
 import functools
-import json
 import os
-import sys
+import time
 import zlib
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from leyden.checkpoint.plain import NATIVE_DTYPES, Encoder, Fetch, raw_bytes, strict_json
-from leyden.checkpoint.plain import decode as decode_node
+from leyden.checkpoint import container
+from leyden.checkpoint.container import Reader, checksum, compact_json, shown, strict_json, write_file
+from leyden.checkpoint.from_plain import decode as decode_node
+from leyden.checkpoint.from_plain import tensor_names
+from leyden.checkpoint.plain import Encoder, storable
+from leyden.checkpoint.remote import filesystem, is_remote, local_path, modified
 from leyden.errors import CheckpointError, did_you_mean, reject
 
-FORMAT_VERSION = "1"
+__all__ = [
+    "FORMAT_VERSION",
+    "MIGRATIONS",
+    "RANDOM_STATE_KEYS",
+    "RUN_STATE_KEYS",
+    "About",
+    "decode",
+    "encode",
+    "flatten",
+    "load_checkpoint",
+    "read_about",
+    "read_metadata",
+    "seal",
+    "write_file",
+]
+
+FORMAT_VERSION = "2"
 RANDOM_STATE_KEYS = frozenset({"random_state", "rng"})
 """What stays on the CPU wherever a checkpoint is loaded to: torch takes random states from there only."""
-RUN_STATE_KEYS = RANDOM_STATE_KEYS | {"optimizer_states", "lr_schedulers", "scaler", "callbacks", "loops", "progress"}
+RUN_STATE_KEYS = RANDOM_STATE_KEYS | {
+    "optimizer_states", "lr_schedulers", "scaler", "callbacks", "loops", "progress", "metrics", "loader_states",
+    "should_stop", "optimizer_windows", "loggers", "current_model_state",
+}  # fmt: skip
 """What ``load_checkpoint(…, weights_only=True)`` leaves in the file."""
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _ENTRY = "leyden_checkpoint"
+_CHECKED = ("leyden_format", "leyden_version", "leyden_about", _ENTRY, "leyden_checksums")
+_CHECKED_1 = ("leyden_version", _ENTRY, "leyden_checksums")
+
+Tree = dict[str, Any]
+
+
+def _from_1(tree: Tree) -> Tree:
+    """Version 2 added tags (sparse and quantized tensors) and ``leyden_about``; every tree of version 1 is one of 2."""
+    return tree
+
+
+MIGRATIONS: dict[str, Callable[[Tree], Tree]] = {"1": _from_1}
+"""For each older version what makes of its tree one of the next version; applied one after the other when reading."""
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What a file says about its checkpoint in a few bytes; the defaults for what it does not say."""
+
+    epoch: int = 0
+    global_step: int = 0
+    run_id: str | None = None
+    """The training that wrote it; a resumed training keeps its name."""
+    saved_at: float = 0.0
+    """When it was taken, in seconds since 1970; when the file was written, if it does not say; 0.0 if nothing does."""
+    resumable: bool = False
+    """Whether it has the optimizers' states, so that training can go on from it."""
 
 
 def encode(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -52,13 +100,30 @@ def encode(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
 
     What comes back from `decode` is equal, except that paths become strings, enum members their values, subclasses of
     ``str``, ``int``, ``float`` and ``dict`` the plain type (``Counter`` and module state dicts stay),
-    parameters plain tensors. Tensors that are the same view of the same memory are one tensor in the file.
+    parameters plain tensors, strided tensors contiguous. Tensors that are the same view of the same memory are one tensor
+    in the file.
 
     Args:
         checkpoint: string keys; tensors on any device, and plain data.
 
     Returns:
         Contiguous CPU tensors by name (those that were such already are not copied), and the metadata.
+
+    Raises:
+        CheckpointError: something is neither a tensor nor plain data, or there is too much of the latter; names its key.
+    """
+    return seal(*flatten(checkpoint))
+
+
+def flatten(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tree]:
+    """Split a checkpoint into its tensors and a JSON tree, without copying, moving or reading a tensor's values.
+
+    This and a copy of the tensors is all that training has to wait for; `seal` may run while it goes on.
+
+    Returns:
+        The tensors by their names in the file, as references: on any device, with any strides, lazily conjugated or
+        negated ones included, all dense and each such that ``torch.empty(t.shape, dtype=t.dtype).copy_(t)`` copies it;
+        and the tree, which shares nothing mutable with the checkpoint.
 
     Raises:
         CheckpointError: something is neither a tensor nor plain data; names its key.
@@ -68,16 +133,41 @@ def encode(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
         if not isinstance(key, str):
             raise CheckpointError(f"A checkpoint's keys must be strings, got {key!r} ({type(key).__name__}).")
     tree = {key: encoder.encode(value, (key,)) for key, value in checkpoint.items()}
-    checksums = {name: _checksum(tensor) for name, tensor in encoder.tensors.items()}
+    return encoder.tensors, tree
+
+
+def seal(
+    tensors: Mapping[str, Tensor], tree: Mapping[str, Any], saved_at: float | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Make of what `flatten` returned what `write_file` takes; this is where the checksums are computed.
+
+    The checksums take one pass over the bytes, without the interpreter's lock.
+
+    Args:
+        tensors: those of `flatten`, or copies of them; contiguous ones on the CPU are not copied again.
+        tree: that of `flatten`.
+        saved_at: when the checkpoint was taken, in seconds since 1970 (`time.time`); now by default.
+
+    Returns:
+        Contiguous CPU tensors by name, and the metadata.
+
+    Raises:
+        CheckpointError: the plain data are larger than a safetensors header may be (100 MB); names the key that has most.
+    """
+    stored = {name: storable(tensor) for name, tensor in tensors.items()}
+    about = _about(tree, time.time() if saved_at is None else saved_at)
     metadata = {
         "format": "pt",
         "leyden_format": FORMAT_VERSION,
         "leyden_version": _version(),
-        _ENTRY: _json(tree),
-        "leyden_checksums": _json(checksums),
+        "leyden_about": compact_json(dataclasses.asdict(about)),
+        _ENTRY: compact_json(tree),
+        "leyden_checksums": compact_json({name: checksum(tensor) for name, tensor in stored.items()}),
     }
-    metadata["leyden_checksum"] = _metadata_checksum(metadata)
-    return encoder.tensors, metadata
+    metadata["leyden_checksum"] = _metadata_checksum(metadata, _CHECKED)
+    if (size := len(compact_json(metadata))) > container.MAX_HEADER_BYTES:
+        raise CheckpointError(_too_much_plain_data(size, tree))
+    return stored, metadata
 
 
 def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -86,7 +176,9 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
     Raises:
         CheckpointError: another format version, a wrong checksum, a missing tensor, or a malformed tree.
     """
-    return _assemble(tensors.__getitem__, list(tensors), metadata, torch.device("cpu"), weights_only=False)
+    return _assemble(
+        lambda name: tensors[name].contiguous(), tensors, metadata, torch.device("cpu"), weights_only=False
+    )
 
 
 def load_checkpoint(
@@ -96,39 +188,25 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Read a checkpoint file into the dict that was saved. Nothing in the file is ever executed or imported.
 
-    A safetensors file that leyden did not write gives ``{"state_dict": its tensors}``. Parts are read and
-    checked one tensor at a time, so the peak in memory is the result.
+    A safetensors file that leyden did not write gives ``{"state_dict": its tensors}``. Only the parts that are asked for
+    are read, one tensor at a time and in the order of the file, so the peak in memory is the result and one tensor.
 
     Args:
-        path: the file.
+        path: the file, or its URL (``file://``, ``memory://``, ``s3://``…, whatever fsspec has a driver for).
         map_location: the device of the tensors; None means the CPU. Random states
             (`RANDOM_STATE_KEYS`) stay on the CPU.
         weights_only: leave the run's state (`RUN_STATE_KEYS`) in the file, unread.
 
     Raises:
-        CheckpointError: no such file, not a checkpoint, cut short, damaged, or of another format version; names the
+        CheckpointError: no such file, not a checkpoint, cut short, damaged, or of a newer format version; names the
             file and the reason.
     """
-    path = Path(path)
-    header = _read_header(path)
-    names = [name for name in header if name != "__metadata__"]
-    metadata = header.get("__metadata__", {})
     try:
         device = torch.device("cpu" if map_location is None else map_location)
     except (RuntimeError, TypeError):
         reject("map_location", map_location, "a device, such as 'cpu' or 'cuda:0', or None for the CPU")
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            # the library maps the file into memory: a copy stays right whatever happens to the file later
-            return _assemble(lambda name: file.get_tensor(name).clone(), names, metadata, device, weights_only)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a valid safetensors file: {error}") from None
-    except RecursionError:
-        raise CheckpointError(f"{path}: its data is nested too deeply") from None
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    with _opened(path) as file:
+        return _assemble(file.read, file.entries, file.metadata, device, weights_only)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -137,181 +215,201 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     Checks that the file has its full length and that the metadata is what was written; the tensors' checksums are
     checked by `load_checkpoint`.
 
+    Args:
+        path: the file, or its URL.
+
     Raises:
         CheckpointError: as `load_checkpoint`.
     """
-    path = Path(path)
-    metadata: dict[str, str] = _read_header(path).get("__metadata__", {})
-    try:
-        if _is_ours(metadata):
-            _check_metadata(metadata)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    return metadata
+    with _opened(path) as file:
+        if _is_ours(file.metadata):
+            _check_metadata(file.metadata)
+        return file.metadata
 
 
-def write_file(stream: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file to an open stream, one tensor after the other.
+def read_about(path: str | os.PathLike[str]) -> About:
+    """Read what a file says about its checkpoint, whatever its size, with the checks of `read_metadata`.
+
+    A file of format version 1 says when it was written only by its time in the file system; a plain safetensors file
+    says nothing else.
 
     Args:
-        stream: open for writing bytes.
-        tensors: contiguous CPU tensors, of the dtypes in `NATIVE_DTYPES`.
-        metadata: any strings.
+        path: the file, or its URL.
 
     Raises:
-        CheckpointError: the metadata are larger than a safetensors header may be (100 MB).
+        CheckpointError: as `load_checkpoint`.
     """
-    if sys.byteorder != "little":
-        raise CheckpointError("safetensors is a little-endian format, and this machine is big-endian")
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # widest first keeps all aligned
-    end = 0
-    for name in order:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": NATIVE_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    raw = _json(header).encode("ascii")
-    raw += b" " * (-len(raw) % 8)
-    if len(raw) > _MAX_HEADER_BYTES:
-        raise CheckpointError(_too_much_plain_data(len(raw), metadata))
-    stream.write(len(raw).to_bytes(8, "little"))
-    stream.write(raw)
-    for name in order:
-        stream.write(raw_bytes(tensors[name]))
+    with _opened(path) as file:
+        metadata = file.metadata
+        if not _is_ours(metadata):
+            return About(saved_at=_written_at(path))
+        tree, _ = _check_metadata(metadata)
+        if "leyden_about" not in metadata:
+            return _about(tree, _written_at(path))
+        about = strict_json(metadata["leyden_about"])
+        kinds = {"epoch": int, "global_step": int, "run_id": str | None, "saved_at": int | float, "resumable": bool}
+        if not isinstance(about, dict) or not all(_is(about.get(key), kind) for key, kind in kinds.items()):
+            raise CheckpointError("malformed leyden_about")
+        return About(**{key: about[key] for key in kinds})
 
 
-def _too_much_plain_data(size: int, metadata: Mapping[str, str]) -> str:
-    tree = json.loads(metadata.get(_ENTRY, "{}"))
-    key = max(tree, key=lambda key: len(_json(tree[key])), default="")
-    return (
-        f"{key}: the checkpoint's plain data takes {size / 1e6:.0f} MB, and a safetensors header has room for "
-        f"{_MAX_HEADER_BYTES / 1e6:.0f} MB. Most of it is under {key!r}: store large lists as tensors."
+def _about(tree: Mapping[str, Any], saved_at: float) -> About:
+    def known(key: str, kind: Any, default: Any) -> Any:
+        value = tree.get(key)  # hooks may have put anything there
+        return value if _is(value, kind) else default
+
+    return About(
+        epoch=known("epoch", int, 0),
+        global_step=known("global_step", int, 0),
+        run_id=known("run_id", str, None),
+        saved_at=saved_at,
+        resumable="optimizer_states" in tree,
     )
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def _is(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Reader]:
+    """Open a file for as long as the block lasts; what is wrong with it is raised with its name in front."""
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise CheckpointError(_why_no_header(start, size, length))
-            header = strict_json(file.read(length).decode("utf-8"))
-        _check_header(header, size - 8 - length)
-    except UnicodeDecodeError:
-        raise CheckpointError(f"{path}: not a checkpoint: its header is not text") from None
+        with open_stream(path) as stream:
+            yield Reader(stream)
     except FileNotFoundError:
-        close = did_you_mean(path.name, (other.name for other in path.parent.glob("*.*")))
-        raise CheckpointError(f"{path}: no such file.{close}") from None
+        raise CheckpointError(f"{path}: no such file.{_close_names(path)}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except RecursionError:
+        raise CheckpointError(f"{path}: its data is nested too deeply") from None
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    return header  # type: ignore[no-any-return]  # checked above
+        named = str(error).startswith(f"{path}: ")
+        raise CheckpointError(str(error) if named else f"{path}: {error}") from None
 
 
-def _why_no_header(start: bytes, size: int, length: int) -> str:
-    if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
-        return (
-            "this is a pickle, as torch.save writes it, and leyden does not read pickles, because loading one can run "
-            "code. For weights: torch.load(path, weights_only=True), then module.load_state_dict(…)"
-        )
-    if length <= _MAX_HEADER_BYTES:
-        return f"the file is cut short: it has {size} bytes, less than its header"
-    return "not a checkpoint: it does not begin like a safetensors file"
+def open_stream(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a local file or a URL for reading bytes, able to seek."""
+    if not is_remote(path):
+        return local_path(path).open("rb", buffering=0)  # tensors are read into their own memory, without a second copy
+    system, inside = filesystem(str(path))
+    system.invalidate_cache()  # a length that was remembered is that of the file before, if it was replaced
+    try:
+        return system.open(inside, "rb")  # type: ignore[no-any-return]
+    except OSError:
+        raise
+    except Exception as error:  # every driver has exceptions of its own
+        raise CheckpointError(f"cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _check_header(header: Any, data_size: int) -> None:
-    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError("not a checkpoint: its header is not that of a safetensors file")
-    end = 0
-    for name, entry in header.items():
-        if name != "__metadata__":
-            try:
-                end = max(end, int(entry["data_offsets"][1]))
-            except (TypeError, KeyError, IndexError, ValueError):
-                raise CheckpointError(f"its header's entry for {name} is malformed") from None
-    if data_size < end:
-        raise CheckpointError(f"the file is cut short: {end - data_size} of {end} bytes of tensors are missing")
-    if data_size > end:
-        raise CheckpointError(f"the file has {data_size - end} bytes more than its header announces")
+def _close_names(path: str | os.PathLike[str]) -> str:
+    if is_remote(path):
+        return ""
+    local = local_path(path)
+    return did_you_mean(local.name, (other.name for other in local.parent.glob("*.*")))
+
+
+def _written_at(path: str | os.PathLike[str]) -> float:
+    """When the file was last written, in seconds since 1970; 0.0 where the file system does not say."""
+    return modified(str(path)) if is_remote(path) else local_path(path).stat().st_mtime
+
+
+def _too_much_plain_data(size: int, tree: Mapping[str, Any]) -> str:
+    key = max(tree, key=lambda key: len(compact_json(tree[key])), default="")
+    return (
+        f"{key}: the checkpoint's plain data takes {size / 1e6:.0f} MB, and a safetensors header has room for "
+        f"{container.MAX_HEADER_BYTES / 1e6:.0f} MB. Most of it is under {key!r}: store large lists as tensors."
+    )
 
 
 def _assemble(
     read: Callable[[str], Tensor],
-    names: list[str],
+    names: Iterable[str],
     metadata: Mapping[str, str],
     device: torch.device,
     weights_only: bool,
 ) -> dict[str, Any]:
-    """Build the checkpoint from its tensors, each read, checked and moved once."""
+    """Build the checkpoint from its tensors; ``names`` is their order in the file, in which they are read."""
     if not _is_ours(metadata):
         return {"state_dict": {name: read(name).to(device) for name in names}}
     tree, checksums = _check_metadata(metadata)
+    if weights_only:
+        tree = {key: node for key, node in tree.items() if key not in RUN_STATE_KEYS}
+    places = {key: torch.device("cpu") if key in RANDOM_STATE_KEYS else device for key in tree}
+    tensors = _Tensors(tree, places)
+    for name in names:
+        tensors.load(name, read, checksums)
+    return {key: decode_node(node, functools.partial(tensors.fetch, places[key])) for key, node in tree.items()}
 
-    def fetch_to(device: torch.device) -> Fetch:
-        @functools.cache  # tied tensors stay tied
-        def fetch(name: str) -> Tensor:
-            if name not in known:
-                raise CheckpointError(f"the tensor {name} is missing")
-            tensor = read(name)
-            if _checksum(tensor) != checksums.get(name):
-                raise CheckpointError(f"the tensor {name} is damaged: its checksum is not the one that was written")
-            return tensor.to(device)
 
-        return fetch
+class _Tensors:
+    """The tensors that a tree refers to, each read once and kept for as long as somebody still asks for it.
 
-    known = set(names)
-    move, stay = fetch_to(device), fetch_to(torch.device("cpu"))
-    return {
-        key: decode_node(node, stay if key in RANDOM_STATE_KEYS else move)
-        for key, node in tree.items()
-        if not (weights_only and key in RUN_STATE_KEYS)
-    }
+    Tied tensors stay tied. What becomes an array or a string of bytes is let go when that has been made.
+    """
+
+    def __init__(self, tree: Tree, places: Mapping[str, torch.device]) -> None:
+        self._uses: dict[str, collections.Counter[torch.device]] = {}
+        self._loaded: dict[tuple[str, torch.device], Tensor] = {}
+        for key, node in tree.items():
+            for name, as_bytes in tensor_names(node):
+                place = torch.device("cpu") if as_bytes else places[key]
+                self._uses.setdefault(name, collections.Counter())[place] += 1
+
+    def load(self, name: str, read: Callable[[str], Tensor], checksums: Mapping[str, Any]) -> None:
+        places = self._uses.get(name)
+        if not places:
+            return
+        tensor = read(name)
+        if checksum(tensor) != checksums.get(name):
+            raise CheckpointError(f"the tensor {shown(name)} is damaged: its checksum is not the one that was written")
+        for place in places:
+            self._loaded[name, place] = tensor.to(place)
+
+    def fetch(self, place: torch.device, name: str, as_bytes: bool = False) -> Tensor:
+        if as_bytes:
+            place = torch.device("cpu")
+        if (name, place) not in self._loaded:
+            raise CheckpointError(f"the tensor {shown(name)} is missing")
+        if not as_bytes:
+            self._uses[name][place] -= 1
+            return self._loaded[name, place] if self._uses[name][place] else self._loaded.pop((name, place))
+        if self._uses[name].total() != 1:  # each would be a copy, and a small file could fill the memory
+            raise CheckpointError(f"malformed: the bytes of the tensor {shown(name)} are used twice")
+        return self._loaded.pop((name, place))
 
 
 def _is_ours(metadata: Mapping[str, str]) -> bool:
     return any(key.startswith("leyden_") for key in metadata)  # any: one may be damaged
 
 
-def _check_metadata(metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the tree and the tensors' checksums, once the version and the checksum are right."""
+def _check_metadata(metadata: Mapping[str, str]) -> tuple[Tree, dict[str, Any]]:
+    """Return the tree, in today's layout, and the tensors' checksums, once the version and the checksum are right."""
     version = metadata.get("leyden_format", "")
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION and version not in MIGRATIONS:
         raise CheckpointError(
-            f"it has format version {version[:20]!r} (written by leyden {metadata.get('leyden_version', '?')[:20]}), "
-            f"and this leyden, {_version()}, reads version {FORMAT_VERSION}. A newer leyden may read it"
+            f"it has format version {version[:20]!r} (written by leyden {metadata.get('leyden_version', '?')[:20]!r}), "
+            f"and this leyden, {_version()}, reads versions {min([*MIGRATIONS, FORMAT_VERSION], key=int)} to "
+            f"{FORMAT_VERSION}. A newer leyden may read it: pip install --upgrade leyden"
         )
-    for key in (_ENTRY, "leyden_version", "leyden_checksums", "leyden_checksum"):
+    checked = _CHECKED_1 if version == "1" else _CHECKED
+    for key in (*checked, "leyden_checksum"):
         if key not in metadata:
             raise CheckpointError(f"its metadata lack {key!r}")
-    tree, checksums = strict_json(metadata[_ENTRY]), strict_json(metadata["leyden_checksums"])
-    if metadata["leyden_checksum"] != _metadata_checksum(metadata):
+    if metadata["leyden_checksum"] != _metadata_checksum(metadata, checked):
         raise CheckpointError("its metadata are damaged: their checksum is not the one that was written")
+    tree, checksums = strict_json(metadata[_ENTRY]), strict_json(metadata["leyden_checksums"])
     if not isinstance(tree, dict) or not isinstance(checksums, dict):
         raise CheckpointError("its metadata do not hold a checkpoint")
+    while version != FORMAT_VERSION:
+        tree = MIGRATIONS[version](tree)
+        version = str(int(version) + 1)
     return tree, checksums
 
 
-def _checksum(tensor: Tensor) -> str:
-    dtype = NATIVE_DTYPES.get(tensor.dtype, "?")
-    start = zlib.crc32(f"{dtype}{list(tensor.shape)}".encode("ascii"))
-    return f"{zlib.crc32(raw_bytes(tensor.contiguous()), start):08x}"
-
-
-def _metadata_checksum(metadata: Mapping[str, str]) -> str:
-    parts = (metadata["leyden_version"], metadata[_ENTRY], metadata["leyden_checksums"])
-    return f"{zlib.crc32(chr(10).join(parts).encode('utf-8', 'surrogatepass')):08x}"
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+def _metadata_checksum(metadata: Mapping[str, str], keys: Iterable[str]) -> str:
+    text = "\n".join(metadata[key] for key in keys)
+    return f"{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}"
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Nested Python data as strict JSON plus named tensors, and back. Nothing is pickled, nothing is imported by name.
+"""Nested Python data as strict JSON plus named tensors. Nothing is pickled; `leyden.checkpoint.from_plain` is the way back.
 
 A JSON value stands for itself. Everything else is an object with one key that begins with ``$``; a user's dict
 that has such a key is written as ``$dict``, so the two cannot be confused.
@@ -7,6 +7,8 @@ that has such a key is written as ``$dict``, so the two cannot be confused.
 ``{"$tensor": name}``         a tensor of the file
 ``{"$view": [name, dtype]}``  a tensor whose dtype the file format lacks: complex numbers as pairs of
                               reals, the rarer 8-bit floats as bytes
+``{"$sparse_coo": […]}``      a sparse or quantized tensor in its parts, which are nodes; so are
+                              ``$sparse_compressed`` and ``$quantized``
 ``{"$dict": [[k, v], …]}``    a dict with keys that are not strings (or begin with ``$``), in order
 ``{"$int": "0x…"}``           an integer of more than 64 bits
 ``{"$float": "nan"}``         ``nan``, ``inf`` or ``-inf``
@@ -20,49 +22,29 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
-import ctypes
 import datetime
 import enum
-import json
 import math
 import pathlib
 import re
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from leyden.checkpoint.container import NATIVE_DTYPES
 from leyden.errors import CheckpointError
 
 Path = tuple[str, ...]
-Fetch = Callable[[str], Tensor]
 
 MAX_DEPTH = 64  # far above real data, far below the interpreter's recursion limit
 _INLINE_BYTES = 4096  # longer byte strings go among the tensors: base64 costs a third more
-NATIVE_DTYPES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""The dtypes written as they are, with their safetensors names: those that every reader since 2023 knows."""
-_NUMPY_DTYPE = re.compile(r"[<>|=][biufcSUmM]\d+(\[\w+\])?")
-_NUMPY_NATIVE = {
+NUMPY_DTYPE = re.compile(r"[<>|=][biufcSUmM]\d+(\[\w+\])?")
+NUMPY_NATIVE = {
     f"{order}{kind}{size}"
     for order in "<|"
     for kind, sizes in (("b", "1"), ("i", "1248"), ("u", "1248"), ("f", "248"))
@@ -70,34 +52,11 @@ _NUMPY_NATIVE = {
 }
 
 
-def strict_json(text: str) -> Any:
-    """Parse JSON, refusing what the standard refuses: duplicate keys and NaN or Infinity literals.
-
-    Raises:
-        CheckpointError: with the reason.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except RecursionError:
-        raise CheckpointError("its JSON is nested too deeply") from None
-    except ValueError as error:
-        raise CheckpointError(f"its JSON is malformed: {error}") from None
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        twice = next(key for key, n in collections.Counter(key for key, _ in pairs).items() if n > 1)
-        raise CheckpointError(f"its JSON has the key {twice!r} twice in one object")
-    return result
-
-
-def _no_constant(literal: str) -> NoReturn:
-    raise CheckpointError(f"its JSON holds the literal {literal}, which is not JSON")
-
-
 class Encoder:
-    """Turns values into JSON nodes and collects the tensors met on the way in `tensors`, by name."""
+    """Turns values into JSON nodes and collects the tensors met on the way in `tensors`, by name.
+
+    The tensors are references, on whatever device; `storable` makes of each what the file holds.
+    """
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -183,25 +142,54 @@ class Encoder:
 
     def _tensor(self, tensor: Tensor, path: Path) -> Any:
         _check_tensor(tensor, path)
+        if tensor.layout is not torch.strided:
+            return self._sparse(tensor.detach(), path)
+        if tensor.is_quantized:
+            return self._quantized(tensor.detach().as_subclass(Tensor), path)
         # the same bytes seen in the same way are one tensor: tied weights are written once and stay tied
         view = (tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
         seen = (tensor.device, tensor.data_ptr(), tensor.dtype, view)
         if tensor.numel() and seen in self._written:
             return self._written[seen]
-        plain = tensor.detach().as_subclass(Tensor).resolve_conj().resolve_neg()
+        bare = type(tensor) is Tensor and not tensor.requires_grad
+        plain = tensor if bare else tensor.detach().as_subclass(Tensor)
         if plain.dtype in NATIVE_DTYPES:
             node: Any = {"$tensor": self._store(plain, path)}
         else:
             dtype = str(plain.dtype).removeprefix("torch.")
             try:
-                stored = torch.view_as_real(plain) if plain.is_complex() else plain.contiguous().view(torch.uint8)
+                stored = plain if plain.is_complex() else plain.view(torch.uint8)
             except RuntimeError:
                 _refuse(tensor, path, f"its dtype {plain.dtype} has no byte representation; convert it")
-            if stored.shape != plain.shape and not plain.is_complex():
+            if stored.shape != plain.shape:
                 _refuse(tensor, path, f"its dtype {plain.dtype} cannot be written; convert it, for example to float32")
             node = {"$view": [self._store(stored, path), dtype]}
         self._written[seen] = node
         return node
+
+    def _sparse(self, tensor: Tensor, path: Path) -> Any:
+        size = list(tensor.shape)
+        if tensor.layout is torch.sparse_coo:  # the underscored ones also give the parts of an uncoalesced tensor
+            parts = {"indices": tensor._indices(), "values": tensor._values()}
+            nodes = [self.encode(part, (*path, name)) for name, part in parts.items()]
+            return {"$sparse_coo": [*nodes, size, tensor.is_coalesced()]}
+        by_row = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+        names = ("crow_indices", "col_indices", "values") if by_row else ("ccol_indices", "row_indices", "values")
+        nodes = [self.encode(getattr(tensor, name)(), (*path, name)) for name in names]
+        return {"$sparse_compressed": [*nodes, size, str(tensor.layout).removeprefix("torch.")]}
+
+    def _quantized(self, tensor: Tensor, path: Path) -> Any:
+        if tensor.dtype not in _QUANTIZED or tensor.qscheme() not in (torch.per_tensor_affine, *_PER_CHANNEL):
+            _refuse(tensor, path, f"{tensor.dtype} {tensor.qscheme()} cannot be written; store tensor.dequantize()")
+        # the memory itself, which int_repr() would copy
+        integers = torch.empty(0, dtype=_QUANTIZED[tensor.dtype], device=tensor.device)
+        integers.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+        node = self.encode(integers, (*path, "int_repr"))
+        if tensor.qscheme() is torch.per_tensor_affine:
+            return {"$quantized": [node, self.encode(tensor.q_scale(), path), tensor.q_zero_point()]}
+        scales = self.encode(tensor.q_per_channel_scales(), (*path, "scales"))
+        zero_points = self.encode(tensor.q_per_channel_zero_points(), (*path, "zero_points"))
+        return {"$quantized": [node, scales, zero_points, tensor.q_per_channel_axis()]}
 
     def _store(self, tensor: Tensor, path: Path) -> str:
         name = wanted = tensor_name(path)
@@ -209,12 +197,12 @@ class Encoder:
         while name in self.tensors or name == "__metadata__":
             n += 1
             name = f"{wanted}#{n}"
-        self.tensors[name] = tensor.cpu().contiguous()
+        self.tensors[name] = tensor
         return name
 
     def _numpy(self, value: Any, path: Path) -> Any:
         dtype = value.dtype.str
-        if not _NUMPY_DTYPE.fullmatch(dtype) or (value.dtype.kind == "f" and value.dtype.itemsize > 8):
+        if not NUMPY_DTYPE.fullmatch(dtype) or (value.dtype.kind == "f" and value.dtype.itemsize > 8):
             _refuse(value, path, f"numpy's dtype {value.dtype} is not plain data; convert it")
         import numpy
 
@@ -222,23 +210,29 @@ class Encoder:
             if value.dtype.kind in "mM":
                 _refuse(value, path, "store int(value.astype('int64')) or an ISO string")
             return {"$numpy": [dtype, self.encode(value.item(), path)]}
-        array = numpy.array(value, order="C", copy=True)  # torch wants writable memory without negative strides
-        if dtype in _NUMPY_NATIVE:
-            stored = torch.from_numpy(array)
+        if dtype not in NUMPY_NATIVE:
+            stored = _bytes_tensor(value.tobytes())
+        elif value.flags.c_contiguous and value.flags.writeable:
+            stored = torch.from_numpy(value)
         else:
-            stored = _bytes_tensor(array.tobytes())
-        return {"$ndarray": [self._store(stored, path), dtype, list(array.shape)]}
+            stored = torch.from_numpy(numpy.array(value, order="C", copy=True))
+        return {"$ndarray": [self._store(stored, path), dtype, list(value.shape)]}
 
 
+_QUANTIZED = {torch.qint8: torch.int8, torch.quint8: torch.uint8, torch.qint32: torch.int32}
+"""The integers behind the quantized dtypes."""
+_PER_CHANNEL = (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
+SPARSE_LAYOUTS = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
 _SEQUENCES: dict[type, str] = {tuple: "$tuple", set: "$set", frozenset: "$frozenset", torch.Size: "$size"}
 
 
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """Return the memory of a contiguous CPU tensor, without a copy or numpy; keep the tensor alive meanwhile."""
-    size = tensor.numel() * tensor.element_size()
-    if size == 0:  # the pointer may be null
-        return memoryview(b"")
-    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+def storable(tensor: Tensor) -> Tensor:
+    """Return the tensor as the file holds it: contiguous, on the CPU, complex numbers as pairs of reals.
+
+    One that is such already is not copied.
+    """
+    plain = tensor.cpu().resolve_conj().resolve_neg().contiguous()
+    return torch.view_as_real(plain) if plain.is_complex() else plain
 
 
 def _bytes_tensor(data: bytes | bytearray) -> Tensor:
@@ -250,7 +244,8 @@ def tensor_name(path: Path) -> str:
     first, rest = path[0], path[1:]
     if rest:
         first = {"state_dict": "module", "optimizer_states": "optimizer"}.get(first, first)
-    return ".".join((first, *rest)).encode("utf-8", "backslashreplace").decode("utf-8")
+    name = ".".join((first, *rest))
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _dotted(path: Path) -> str:
@@ -265,10 +260,8 @@ def _check_tensor(tensor: Tensor, path: Path) -> None:
         _refuse(tensor, path, "a sharded tensor belongs in a sharded checkpoint; or store tensor.full_tensor()")
     if tensor.is_nested:
         _refuse(tensor, path, "store its parts, tensor.unbind(), as a list")
-    if tensor.is_quantized:
-        _refuse(tensor, path, "quantized tensors cannot be written yet; store tensor.dequantize()")
-    if tensor.layout is not torch.strided:
-        _refuse(tensor, path, f"its layout {tensor.layout} cannot be written yet; store tensor.to_dense()")
+    if tensor.layout not in {torch.strided, *SPARSE_LAYOUTS}:
+        _refuse(tensor, path, f"its layout {tensor.layout} cannot be written; store tensor.to_dense()")
     if tensor.is_meta:
         _refuse(tensor, path, "it is on the meta device and has no values; materialize it first")
     if wraps:
@@ -309,118 +302,3 @@ def _hint(value: Any) -> str:
     if callable(value):
         return "store its name and look the function up when loading"
     return "store the numbers and strings it was made from, or leave it out"
-
-
-def decode(node: Any, fetch: Fetch) -> Any:
-    """Return the value of a JSON node; ``fetch`` gives the tensor of a name.
-
-    Raises:
-        CheckpointError: the node is malformed, or was written by a newer format.
-    """
-    if isinstance(node, list):
-        return [decode(item, fetch) for item in node]
-    if not isinstance(node, dict):
-        return node
-    tag = next((key for key in node if key.startswith("$")), None)
-    if tag is None:
-        return {key: decode(item, fetch) for key, item in node.items()}
-    if len(node) != 1 or (tag not in _DECODERS and tag != "$tensor"):
-        raise CheckpointError(f"unknown entry {tag!r}: the file is malformed, or of a newer leyden")
-    if tag == "$tensor":  # outside the try: a device that is out of memory is not a malformed file
-        return fetch(_name(node[tag]))
-    try:
-        return _DECODERS[tag](node[tag], fetch)
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
-        if isinstance(error, CheckpointError | RecursionError):
-            raise
-        raise CheckpointError(f"malformed {tag} entry: {type(error).__name__}: {error}") from None
-
-
-def _name(argument: Any) -> str:
-    if not isinstance(argument, str):
-        raise CheckpointError(f"malformed $tensor entry: {argument!r:.80} is not a name")
-    return argument
-
-
-def _decode_pairs(pairs: Any, fetch: Fetch) -> dict[Any, Any]:
-    result = {decode(key, fetch): decode(item, fetch) for key, item in pairs}
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return result
-
-
-def _decode_state_dict(argument: Any, fetch: Fetch) -> Any:
-    entries, metadata = argument
-    result = collections.OrderedDict(decode(entries, fetch))
-    result._metadata = decode(metadata, fetch)  # type: ignore[attr-defined]
-    return result
-
-
-def _decode_view(argument: Any, fetch: Fetch) -> Tensor:
-    name, dtype = argument[0], _dtype(argument[1])
-    tensor = fetch(_name(name))
-    if not dtype.is_complex:
-        return tensor.view(dtype)
-    complex_tensor = torch.view_as_complex(tensor)
-    if complex_tensor.dtype != dtype:
-        raise ValueError(f"{name} does not hold {dtype}")
-    return complex_tensor
-
-
-def _dtype(name: Any) -> torch.dtype:
-    dtype = vars(torch).get(name)  # not getattr, which imports submodules by name
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"this torch has no dtype {name!r}")
-    return dtype
-
-
-def _numpy_dtype(name: Any) -> Any:
-    if not _NUMPY_DTYPE.fullmatch(name):
-        raise ValueError(f"{name!r} is not a numpy dtype that is read")
-    try:
-        import numpy
-    except ImportError:
-        raise CheckpointError("it holds numpy values, and numpy is not installed: pip install numpy") from None
-    return numpy.dtype(name)
-
-
-def _decode_ndarray(argument: Any, fetch: Fetch) -> Any:
-    name, dtype, shape = argument
-    dtype = _numpy_dtype(dtype)
-    stored = fetch(_name(name)).cpu()
-    if dtype.str in _NUMPY_NATIVE:
-        array = stored.numpy()
-        if array.dtype != dtype or list(array.shape) != shape:
-            raise ValueError(f"{name} is {array.dtype}{list(array.shape)}, announced as {dtype}{shape}")
-        return array.copy()  # never an alias of a tensor of the checkpoint
-    return stored.numpy().view(dtype).reshape(shape).copy()
-
-
-def _decode_float(text: Any, fetch: Fetch) -> float:
-    if text not in ("nan", "inf", "-inf"):
-        raise ValueError(f"{text!r} is not one of nan, inf, -inf")
-    return float(text)
-
-
-_DECODERS: dict[str, Callable[[Any, Fetch], Any]] = {
-    "$view": _decode_view,
-    "$dict": _decode_pairs,
-    "$int": lambda text, fetch: int(text, 16),
-    "$float": _decode_float,
-    "$tuple": lambda items, fetch: tuple(decode(items, fetch)),
-    "$set": lambda items, fetch: set(decode(items, fetch)),
-    "$frozenset": lambda items, fetch: frozenset(decode(items, fetch)),
-    "$counter": lambda pairs, fetch: collections.Counter(_decode_pairs(pairs, fetch)),
-    "$namespace": lambda entries, fetch: argparse.Namespace(**decode(entries, fetch)),
-    "$deque": lambda argument, fetch: collections.deque(decode(argument[1], fetch), maxlen=argument[0]),
-    "$state_dict": _decode_state_dict,
-    "$bytes": lambda text, fetch: base64.b64decode(text, validate=True),
-    "$blob": lambda name, fetch: bytes(raw_bytes(fetch(_name(name)).cpu())),
-    "$complex": lambda parts, fetch: complex(*decode(parts, fetch)),
-    "$size": lambda items, fetch: torch.Size(items),
-    "$dtype": lambda name, fetch: _dtype(name),
-    "$device": lambda name, fetch: torch.device(name),
-    "$timedelta": lambda parts, fetch: datetime.timedelta(*parts),
-    "$ndarray": _decode_ndarray,
-    "$numpy": lambda argument, fetch: _numpy_dtype(argument[0]).type(decode(argument[1], fetch)),
-}
