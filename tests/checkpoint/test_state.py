@@ -116,7 +116,7 @@ def test_every_part_is_under_the_key_that_hooks_know(tmp_path: Path) -> None:
     assert set(found) == {
         "epoch", "global_step", "state_dict", "hyper_parameters", "hparams_name", "hparams_omitted",
         "datamodule_hyper_parameters", "optimizer_states", "lr_schedulers", "scaler", "progress", "callbacks", "random_state",
-        "Data",
+        "Data", "run_id", "metrics", "loader_states", "should_stop", "optimizer_windows", "loggers",
     }  # fmt: skip
     assert (found["epoch"], found["global_step"]) == (2, 4)
     assert found["hyper_parameters"] == {"optimizers": 1, "width": 2, "schedulers": True}
