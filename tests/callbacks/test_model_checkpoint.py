@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leyden.callbacks.model_checkpoint import ModelCheckpoint
-from leyden.errors import ConfigurationError, LeydenWarning, MetricError
+from leyden.checkpoint.format import About
+from leyden.errors import CheckpointError, ConfigurationError, LeydenWarning, MetricError
 
 
 class FakeLogger:
@@ -27,6 +28,23 @@ class FakeLogger:
 
     def after_save_checkpoint(self, callback: ModelCheckpoint) -> None:
         self.saves.append(callback.last_model_path or callback.best_model_path)
+
+
+def about(path: str) -> About:
+    """What `read_about` says of the small files below."""
+    try:
+        content = json.loads(pathlib.Path(path).read_text())
+        return About(global_step=content["step"], run_id=content.get("run_id"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_files() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("leyden.callbacks.model_checkpoint.read_about", about)
+        patch.setattr("leyden.callbacks.checkpoint_name.read_about", about)
+        yield
 
 
 class FakeTrainer:
@@ -45,6 +63,11 @@ class FakeTrainer:
         self.written: list[tuple[str, int]] = []
         self.printed: list[str] = []
         self.fail = False
+        self.run_id = "a"
+
+    @property
+    def checkpoint_callbacks(self) -> list[ModelCheckpoint]:
+        return list(self.callbacks)
 
     def at_step_boundary(self, action: Callable[[], None]) -> None:
         self.actions.append(action)
@@ -52,16 +75,25 @@ class FakeTrainer:
     def print(self, text: str) -> None:
         self.printed.append(text)
 
-    def save_checkpoint(self, path: str, weights_only: bool = False) -> None:
+    def save_checkpoint(
+        self,
+        path: str,
+        weights_only: bool = False,
+        wait: bool = True,
+        then: Sequence[Callable[[], object]] = (),
+    ) -> None:
         if self.fail:
             raise OSError("disk full")
         states = {callback.state_key: callback.state_dict() for callback in self.callbacks}
-        content = {"step": self.global_step, "weights_only": weights_only, "callbacks": states}
+        content = {"step": self.global_step, "run_id": self.run_id, "weights_only": weights_only, "callbacks": states}
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         temporary = pathlib.Path(path + ".tmp")
         temporary.write_text(json.dumps(content))
         os.replace(temporary, path)
         self.written.append((os.path.basename(path), self.global_step))
+        if self.is_global_zero:
+            for action in then:
+                action()
 
     # the loop
 
@@ -78,6 +110,7 @@ class FakeTrainer:
     def start(self, sanity: bool = True) -> None:
         self.event("setup", "fit")
         self.event("on_fit_start")
+        self.event("on_train_start")
         if sanity and self.num_val_batches:
             self.sanity_checking = True
             self.event("on_validation_end")
@@ -194,9 +227,8 @@ def test_the_files_are_those_of_the_model(
 
     steps_done = len(values) * steps
     expected = {f"epoch={(step - 1) // steps}-step={step}.ckpt": step for step in kept_steps(saved, k, mode)}
-    fresh = resume_at is not None and resume_at == len(values) - 1  # no step was done after the restart
-    if save_last and (saved or not fresh):
-        expected["last.ckpt"] = saved[-1][0] if fresh else steps_done
+    if save_last:
+        expected["last.ckpt"] = steps_done
     assert files(folder) == expected
 
     callback = trainer.callbacks[0]
@@ -629,9 +661,137 @@ def test_files_that_are_gone_are_forgotten(folder: pathlib.Path) -> None:
     assert list(callback.best_k_models) == [str(folder / "epoch=1-step=4.ckpt")]
 
 
+def test_a_state_cannot_make_files_outside_of_the_folder_disappear(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "mine.txt").write_text('{"step": 2, "run_id": "a"}')
+    (folder / "newest.ckpt").write_text('{"step": 2, "run_id": "a"}')
+    outside = [tmp_path / "precious.ckpt", tmp_path / "checkpoints-2.ckpt"]
+    for path in outside:
+        path.write_text('{"step": 1, "run_id": "a"}')
+    wanted = [*map(str, outside), f"{folder}/../precious.ckpt", f"{folder}/mine.txt"]
+    callback = ModelCheckpoint(folder, monitor="loss", save_last=True)
+    state = {
+        **callback.state_dict(),
+        "history": [[9.0, path] for path in [*wanted, str(folder / "newest.ckpt")]],
+        "displaced": wanted,
+        "last_model_path": str(outside[0]),
+        "step_saved": 2,
+    }
+    trainer = resumed(callback, state, folder, 2)
+    trainer.epoch(loss=1.0)
+    trainer.end()
+    assert all(path.exists() for path in outside)
+    assert files(folder) == {"epoch=0-step=4.ckpt": 4, "last.ckpt": 4, "mine.txt": 2}
+
+
+@pytest.mark.parametrize(("step_saved", "left"), [(4, []), (3, ["old.ckpt"])])
+def test_what_a_killed_process_was_to_delete_is_deleted(step_saved: int, left: list[str], folder: pathlib.Path) -> None:
+    folder.mkdir()
+    for name, step in (("new.ckpt", 4), ("old.ckpt", 2), ("other.ckpt", 1)):
+        (folder / name).write_text(json.dumps({"step": step, "run_id": "a"}))
+    other = ModelCheckpoint(folder, monitor="acc")
+    callback = ModelCheckpoint(folder, monitor="loss", save_last=True)
+    callback.load_state_dict(
+        {
+            **callback.state_dict(),
+            "history": [[1.0, str(folder / "new.ckpt")]],
+            "displaced": [str(folder / "old.ckpt"), str(folder / "other.ckpt")],
+            "last_model_path": str(folder / "last.ckpt"),
+            "step_saved": step_saved,
+        }
+    )
+    other.load_state_dict({**other.state_dict(), "history": [[1.0, str(folder / "other.ckpt")]]})
+    trainer = FakeTrainer(folder, callback, other)
+    trainer.global_step = 4
+    trainer.start()
+    last = ["last.ckpt"] if step_saved == 4 else []
+    assert sorted(files(folder)) == sorted([*last, *left, "new.ckpt", "other.ckpt"])
+
+
+def test_a_file_that_a_later_save_has_overwritten_is_not_the_one_that_was_kept(folder: pathlib.Path) -> None:
+    first = ModelCheckpoint(folder, "best", monitor="loss")
+    trainer = FakeTrainer(folder, first)
+    trainer.start()
+    trainer.epoch(loss=2.0)
+    state = json.loads(json.dumps(first.state_dict()))  # in a checkpoint of step 2 that somebody else has saved
+    trainer.epoch(loss=1.0)
+    assert files(folder) == {"best.ckpt": 4}
+    callback = ModelCheckpoint(folder, "best", monitor="loss")
+    trainer = resumed(callback, state, folder, 2)
+    assert callback.best_model_path == ""
+    trainer.epoch(loss=3.0)
+    assert files(folder) == {"best.ckpt": 4}
+    assert callback.best_k_models == {str(folder / "best.ckpt"): 3.0}
+
+
+def test_another_runs_name_gets_a_version_and_a_lost_one_is_overwritten(folder: pathlib.Path) -> None:
+    folder.mkdir()
+    (folder / "step=1.ckpt").write_text('{"step": 1, "run_id": "b"}')
+    (folder / "step=2.ckpt").write_text('{"step": 2, "run_id": "a"}')
+    (folder / "step=3.ckpt").write_text("damaged")
+    trainer = FakeTrainer(folder, ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1))
+    trainer.start()
+    trainer.step(3)
+    (folder / "step=3.ckpt").unlink()
+    assert files(folder) == {"step=1.ckpt": 1, "step=1-v1.ckpt": 1, "step=2.ckpt": 2, "step=3-v1.ckpt": 3}
+
+
+def test_a_save_that_was_still_to_come_is_made_when_the_run_goes_on(folder: pathlib.Path) -> None:
+    first = ModelCheckpoint(folder, monitor="loss", save_last=True)
+    trainer = FakeTrainer(folder, first)
+    trainer.start()
+    trainer.step(2)
+    trainer.log(loss=1.0)
+    first.on_validation_end(trainer, None)  # type: ignore[arg-type]
+    state = json.loads(json.dumps(first.state_dict()))  # another callback saves, and the process is killed
+    callback = ModelCheckpoint(folder, monitor="loss", save_last=True)
+    again = FakeTrainer(folder, callback)
+    again.log(loss=1.0)
+    again.global_step, again.current_epoch = 2, 1
+    callback.load_state_dict(state)
+    again.start()
+    assert files(folder) == {"epoch=0-step=2.ckpt": 2, "last.ckpt": 2}
+    assert callback.state_dict()["requested"] is None
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_saves_wait_or_do_not(background: bool, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[bool] = []
+    save = FakeTrainer.save_checkpoint
+
+    def watched(self: Any, path: str, weights_only: bool = False, wait: bool = True, then: Any = ()) -> None:
+        waited.append(wait)
+        save(self, path, weights_only, wait, then)
+
+    monkeypatch.setattr(FakeTrainer, "save_checkpoint", watched)
+    arguments: dict[str, Any] = {} if background else {"background": False}
+    trainer = FakeTrainer(folder, ModelCheckpoint(folder, save_last=True, **arguments))
+    trainer.start()
+    trainer.epoch()
+    assert waited == [not background]
+
+
+def test_folders_in_their_forms(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder, kept in (
+        ("s3://bucket/run/", "s3://bucket/run"),
+        ("memory://run", "memory://run"),
+        (f"file://{tmp_path}/x/", f"{tmp_path}/x"),
+        ("x", f"{tmp_path}/x"),
+        ("~/x", f"{tmp_path}/x"),
+        (pathlib.Path("x"), f"{tmp_path}/x"),
+    ):
+        assert ModelCheckpoint(folder).dirpath == kept
+    metrics = {"epoch": 1, "step": 2}
+    assert ModelCheckpoint("s3://bucket/run").format_checkpoint_name(metrics) == "s3://bucket/run/epoch=1-step=2.ckpt"
+
+
 def test_the_same_object_in_a_second_fit(folder: pathlib.Path) -> None:
     callback = ModelCheckpoint(folder)
     for _ in range(2):
+        callback.start_anew()  # as every fit does that goes on from nothing
         trainer = FakeTrainer(folder, callback)
         trainer.start()
         trainer.epoch()
@@ -687,7 +847,7 @@ def bad_arguments() -> Iterator[tuple[dict[str, Any], str]]:
     yield {"filename": "{loss:{width}}"}, "fields such as"
     yield {"filename": "{loss:.2q}"}, "number format"
     yield {"filename": "last", "save_last": True}, "another name than 'last'"
-    yield {"dirpath": "s3://bucket/x"}, "remote"
+    yield {"filename": "../x"}, "within dirpath"
 
 
 @pytest.mark.parametrize(("arguments", "message"), list(bad_arguments()))

@@ -285,9 +285,11 @@ def test_weights_only_leaves_out_what_only_training_needs(tmp_path: Path) -> Non
     trainer.save_checkpoint(tmp_path / "deep" / "whole.ckpt")
     weights = load_checkpoint(tmp_path / "deep" / "weights.ckpt")
     whole = load_checkpoint(tmp_path / "deep" / "whole.ckpt")
-    assert set(weights) == {"epoch", "global_step", "state_dict", "hyper_parameters", "hparams_name", "hparams_omitted"}
+    names = {"epoch", "global_step", "run_id", "state_dict", "hyper_parameters", "hparams_name", "hparams_omitted"}
+    assert set(weights) == names
     assert set(whole) - set(weights) == {
-        "optimizer_states", "lr_schedulers", "scaler", "progress", "callbacks", "random_state"
+        "optimizer_states", "lr_schedulers", "scaler", "progress", "callbacks", "random_state", "loader_states", "metrics",
+        "should_stop", "optimizer_windows", "loggers",
     }  # fmt: skip
     assert same(dict(weights["state_dict"]), copied(trainer.lightning_module))
 

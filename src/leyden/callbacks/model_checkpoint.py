@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import os
-import re
-import string
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from leyden.callbacks.callback import Callback
-from leyden.checkpoint.retention import Mode, Saved, is_kept, ranked, to_delete
-from leyden.checkpoint.store import copy_checkpoint, link_checkpoint, remove
-from leyden.errors import ConfigurationError, MetricError, did_you_mean, reject, warn
+from leyden.callbacks.checkpoint_name import (
+    DEFAULT_FILENAME,
+    check_names,
+    check_policy,
+    check_triggers,
+    fill_template,
+    folder_path,
+    keys_of,
+    lies_in,
+    missing,
+    step_in,
+)
+from leyden.checkpoint.format import read_about
+from leyden.checkpoint.retention import Books, Mode, Saved, is_kept, ranked, to_delete
+from leyden.checkpoint.store import copy_checkpoint, exists, join, link_checkpoint, remove
+from leyden.errors import CheckpointError, MetricError, warn
 
 if TYPE_CHECKING:
     from leyden.module import LightningModule
     from leyden.trainer import Trainer
-
-_DEFAULT_FILENAME = "{epoch}-{step}"
 
 
 class ModelCheckpoint(Callback):
@@ -40,12 +50,20 @@ class ModelCheckpoint(Callback):
 
     If ``monitor`` was never logged, a `MetricError` is raised. Only before the fit's first validation has ended is it a warning
     (``checkpoint-no-score``): no best-k file is written then, but ``last`` is; with ``save_top_k=-1`` one with the score NaN.
+    A `fit` that ends before there was a validation, and therefore without a file, says so (``checkpoint-none-saved``).
 
-    When a run is resumed into another folder, files in the old one are never deleted: the best k are counted anew, and
-    ``best_model_path`` stays the old best until it is beaten.
+    **In the background**: training waits while the state is copied, not while it is written. ``last`` is set, and what is
+    displaced is deleted, only once the new file is whole on the disk. A write that failed raises at the next step boundary,
+    or at the end of `fit`.
+
+    **Resumed** from its newest checkpoint, a run that was killed ends with the same files as one that was not. Files that
+    this training wrote beyond the step it goes on from are overwritten when it comes to their names again. Into another
+    folder, files in the old one are never deleted: the best k are counted anew, and ``best_model_path`` stays the old
+    best until it is beaten.
 
     Args:
-        dirpath: folder; by default ``checkpoints`` in the first logger's ``log_dir``, or in ``default_root_dir``.
+        dirpath: folder or URL, such as ``s3://bucket/run``; by default ``checkpoints`` in the first logger's ``log_dir``,
+            or in ``default_root_dir``.
         filename: template without the ending, such as ``"{epoch:02d}-{val_loss:.2f}"``; keys are logged metrics,
             ``epoch`` and ``step``. A ``/`` in a metric's name becomes ``_``, elsewhere it makes a folder. Default:
             ``"{epoch}-{step}"``.
@@ -63,9 +81,7 @@ class ModelCheckpoint(Callback):
         save_on_train_epoch_end: with the epoch trigger, save at the end of the training epoch rather than after
             validation. Without validation it is always the former.
         enable_version_counter: a name that is taken gets ``-v1``, ``-v2``, …; otherwise it is overwritten.
-
-    Attributes:
-        last_model_path: path of the last checkpoint, or ``""``.
+        background: False waits for each file to be on the disk.
 
     Raises:
         ConfigurationError: an argument is out of range, or triggers contradict each other.
@@ -93,11 +109,12 @@ class ModelCheckpoint(Callback):
         every_n_epochs: int | None = None,
         save_on_train_epoch_end: bool | None = None,
         enable_version_counter: bool = True,
+        background: bool = True,
     ) -> None:
-        _check_policy(monitor, mode, save_top_k, save_last)
-        _check_triggers(every_n_train_steps, train_time_interval, every_n_epochs, save_on_train_epoch_end)
+        check_policy(monitor, mode, save_top_k, save_last)
+        check_triggers(every_n_train_steps, train_time_interval, every_n_epochs, save_on_train_epoch_end)
         no_trigger = every_n_train_steps is None and train_time_interval is None and every_n_epochs is None
-        self.dirpath = None if dirpath is None else _absolute(dirpath)
+        self.dirpath = None if dirpath is None else folder_path(dirpath)
         self.filename = filename
         self.monitor = monitor
         self.verbose = verbose
@@ -111,26 +128,20 @@ class ModelCheckpoint(Callback):
         self.every_n_epochs = 1 if no_trigger else every_n_epochs or 0
         self.save_on_train_epoch_end = save_on_train_epoch_end
         self.enable_version_counter = enable_version_counter
-        last = self.CHECKPOINT_NAME_LAST
-        for template in (filename, last):
-            if template is not None:
-                _check_template(template)
-        if save_last and self._with_ending(filename or _DEFAULT_FILENAME) == self._with_ending(last):
-            reject("filename", filename, f"another name than {last!r}, which save_last uses")
+        self.background = background
+        check_names(filename, self.CHECKPOINT_NAME_LAST, save_last, self.FILE_EXTENSION)
         self._fitting = False
         self._validated = False
         self._start_step = 0
         self._started_s = 0.0
         self._pending: Callable[[], None] | None = None
+        self._unsettled: list[Books] = []  # as they were before each save that is not on the disk yet
         self.start_anew()
 
     def start_anew(self) -> None:
         """Forget the checkpoints of an earlier `fit`; their files stay."""
-        self.last_model_path = ""
-        self._history: list[Saved] = []  # the kept ones, in order of time
-        self._inherited: Saved | None = None  # the best of the folder that this run was resumed from
-        self._current: float | None = None
-        self._step_saved: int | None = None
+        self._books = Books()
+        self._requested: tuple[int, bool] | None = None  # a save that was asked for and is not made yet
         self._loaded_from: str | None = None  # folder in the state that was loaded, until it is compared
 
     @property
@@ -138,6 +149,11 @@ class ModelCheckpoint(Callback):
         """Differs for callbacks that differ in what they monitor or in their trigger."""
         names = ("monitor", "mode", "every_n_train_steps", "every_n_epochs", "train_time_interval")
         return f"{type(self).__qualname__}{ {name: getattr(self, name) for name in names}!r}"
+
+    @property
+    def last_model_path(self) -> str:
+        """Path of the last checkpoint, or an empty string."""
+        return self._books.last
 
     @property
     def best_model_path(self) -> str:
@@ -154,12 +170,13 @@ class ModelCheckpoint(Callback):
     @property
     def best_k_models(self) -> dict[str, Tensor]:
         """The kept checkpoints' scores by path, in order of time; empty without ``monitor``."""
-        return {path: _tensor(score) for score, path in self._history} if self.monitor is not None else {}
+        return {path: _tensor(score) for score, path in self._books.history} if self.monitor is not None else {}
 
     @property
     def kth_best_model_path(self) -> str:
         """Path of the worst of the kept checkpoints, or an empty string."""
-        return ranked(self._history, self._rank_mode)[-1][1] if self._history else ""
+        history = self._books.history
+        return ranked(history, self._rank_mode)[-1][1] if history else ""
 
     @property
     def kth_value(self) -> Tensor | None:
@@ -169,28 +186,18 @@ class ModelCheckpoint(Callback):
     @property
     def current_score(self) -> Tensor | None:
         """The monitored value at the latest trigger, or None."""
-        return None if self._current is None else _tensor(self._current)
+        return None if self._books.current is None else _tensor(self._books.current)
 
     def state_dict(self) -> dict[str, Any]:
         """Paths, scores and the step of the last save, as plain data."""
-        return {
-            "monitor": self.monitor,
-            "dirpath": self.dirpath,
-            "history": [[score, path] for score, path in self._history],
-            "inherited": None if self._inherited is None else list(self._inherited),
-            "last_model_path": self.last_model_path,
-            "current_score": self._current,
-            "step_saved": self._step_saved,
-        }
+        requested = None if self._requested is None else list(self._requested)
+        return {"monitor": self.monitor, "dirpath": self.dirpath, "requested": requested, **self._books.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` returned; files that are gone are forgotten when the fit starts."""
-        self._history = [(float(score), str(path)) for score, path in state_dict["history"]]
-        inherited = state_dict["inherited"]
-        self._inherited = None if inherited is None else (float(inherited[0]), str(inherited[1]))
-        self.last_model_path = state_dict["last_model_path"]
-        self._current = state_dict["current_score"]
-        self._step_saved = state_dict["step_saved"]
+        self._books = Books.of_state(state_dict)
+        requested = state_dict.get("requested")
+        self._requested = None if requested is None else (int(requested[0]), bool(requested[1]))
         self._loaded_from = state_dict["dirpath"] or ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -200,28 +207,40 @@ class ModelCheckpoint(Callback):
             return
         log_dirs = (logger.log_dir for logger in trainer.loggers)
         root = next((folder for folder in log_dirs if folder is not None), trainer.default_root_dir)
-        self.dirpath = _absolute(os.path.join(root, "checkpoints"))
+        self.dirpath = folder_path(join(root, "checkpoints"))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget a save that was asked for and never came, because of an error."""
+        """Forget saves that never came, or failed in the background, because of an error."""
         self._fitting = self._validated = False
-        self._pending = None
+        self._pending = self._requested = None
+        if self._unsettled:
+            self._take_back(self._unsettled[0])
+        self._books = replace(self._books, displaced=())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare loaded state with the folder and the run."""
         self._start_step = trainer.global_step
         self._started_s = time.monotonic()
-        if self._step_saved != trainer.global_step:  # the same object in another run
-            self._step_saved = None
-        if self._loaded_from is None:
+        if self._loaded_from is None:  # if it is the same object in another run, its steps were others
+            self._books = replace(self._books, step_saved=None, displaced=())
             return
-        best = self._best()
         if self._loaded_from != self.dirpath:
-            self._inherited, self._history, self.last_model_path = best, [], ""
-        self._history = [saved for saved in self._history if os.path.exists(saved[1])]
-        if self._inherited is not None and not os.path.exists(self._inherited[1]):
-            self._inherited = None
+            self._books = replace(self._books, inherited=self._best(), history=(), last="", displaced=())
         self._loaded_from = None
+        books = self._books
+        self._books = replace(
+            books,
+            history=tuple(saved for saved in books.history if self._is_still(saved[1])),
+            inherited=books.inherited if books.inherited is not None and exists(books.inherited[1]) else None,
+            last=books.last if self._lies_here(books.last) else "",
+        )
+        if trainer.is_global_zero:
+            self._finish(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the save that was still to come when the checkpoint was written that the run goes on from."""
+        if self._requested is not None and self._pending is None:
+            self._save(trainer, *self._requested)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -254,13 +273,23 @@ class ModelCheckpoint(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``last`` once more if steps were done since."""
-        if self.save_last and trainer.global_step != self._start_step:
+        if self.save_last and trainer.global_step:
             self._request(trainer, last_only=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write what was asked for at the very end, in case no step boundary came after it."""
+        """Write what was asked for at the very end, in case no step boundary came after it; tell if there is no file."""
         if self._pending is not None:
             self._pending()
+        after_validation = self.every_n_epochs > 0 and not self.save_on_train_epoch_end and _has_validation(trainer)
+        nothing = not self._books.held and self.save_top_k != 0
+        trained = trainer.global_step != self._start_step and not trainer.fast_dev_run
+        if nothing and trained and after_validation and not self._validated:
+            warn(
+                "checkpoint-none-saved",
+                f"ModelCheckpoint(monitor={self.monitor!r}) has saved nothing: it saves after validations, and training ended at "
+                f"step {trainer.global_step}, in epoch {trainer.current_epoch}, before there was one. save_last=True keeps the "
+                "state at the end; every_n_train_steps or the Trainer's val_check_interval give saves within an epoch.",
+            )
 
     def format_checkpoint_name(
         self, metrics: Mapping[str, Any], filename: str | None = None, ver: int | None = None
@@ -277,45 +306,29 @@ class ModelCheckpoint(Callback):
             ConfigurationError: the template is malformed, or a value does not fit its format.
         """
         if filename is None:
-            filename = self.filename if self.filename is not None else _DEFAULT_FILENAME
-        name = ""
-        for literal, key, spec in _check_template(filename):
-            name += literal
-            if key is None:
-                continue
-            if key not in metrics:
-                raise MetricError(_missing(f"filename={filename!r} names", key, metrics))
-            shown = re.sub(r"[/\\]", "_", key)
-            if self.auto_insert_metric_name and not name.endswith(f"{shown}{self.CHECKPOINT_EQUALS_CHAR}"):
-                name += f"{shown}{self.CHECKPOINT_EQUALS_CHAR}"
-            try:
-                value = metrics[key]
-                name += format(value.item() if isinstance(value, Tensor) else value, spec)
-            except ValueError as error:
-                raise ConfigurationError(f"filename={filename!r}: {key} is {metrics[key]!r}: {error}.") from None
+            filename = self.filename if self.filename is not None else DEFAULT_FILENAME
+        name = fill_template(filename, metrics, self.auto_insert_metric_name, self.CHECKPOINT_EQUALS_CHAR)
         version = "" if ver is None else f"{self.CHECKPOINT_JOIN_CHAR}v{ver}"
-        return os.path.join(self.dirpath or "", self._with_ending(name, version))
+        name = self._with_ending(name, version)
+        return name if self.dirpath is None else join(self.dirpath, name)
 
     @property
     def _rank_mode(self) -> Mode:
-        return self.mode if self.monitor is not None else "max"  # without a metric the scores count the saves
+        return self.mode if self.monitor is not None else "max"  # without a metric the score is the step
 
     def _with_ending(self, name: str, version: str = "") -> str:
         return name.removesuffix(self.FILE_EXTENSION) + version + self.FILE_EXTENSION
 
     def _best(self) -> Saved | None:
-        known = ranked(self._known(), self._rank_mode)
+        known = ranked(self._books.known, self._rank_mode)
         return known[0] if known else None
-
-    def _known(self) -> list[Saved]:
-        return self._history if self._inherited is None else [self._inherited, *self._history]
 
     def _epoch_is_due(self, trainer: Trainer) -> bool:
         return self.every_n_epochs > 0 and (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
     def _request(self, trainer: Trainer, last_only: bool = False) -> None:
         """Ask for one save at the next step boundary."""
-        if trainer.fast_dev_run or self._pending is not None or trainer.global_step == self._step_saved:
+        if trainer.fast_dev_run or self._pending is not None or trainer.global_step == self._books.step_saved:
             return
         epoch = trainer.current_epoch  # the boundary may lie behind the turn of the epoch
 
@@ -324,49 +337,82 @@ class ModelCheckpoint(Callback):
                 self._pending = None
                 self._save(trainer, epoch, last_only)
 
-        self._pending = save
+        self._pending, self._requested = save, (epoch, last_only)
         trainer.at_step_boundary(save)
 
     def _save(self, trainer: Trainer, epoch: int, last_only: bool) -> None:
-        """Decide, write, and only then delete what is no longer among the best."""
+        """Decide, write, and leave what has to wait for the file to those who write it."""
         metrics = {**trainer.callback_metrics, "epoch": epoch, "step": trainer.global_step}
         self._started_s = time.monotonic()
-        before = (self._history, self.last_model_path, self._current, self._step_saved)
+        self._requested = None
+        before = self._books
         score = None if last_only or self.save_top_k == 0 else self._score(trainer, metrics)
-        path, outdated = (None, []) if score is None else self._place(trainer, metrics, score)
-        previous_last = self.last_model_path
-        # the file that is about to be written holds this callback's state, itself included
-        self._step_saved = trainer.global_step
+        path, displaced = (None, []) if score is None else self._place(trainer, metrics, score)
+        last = self._filled(trainer, metrics, self.CHECKPOINT_NAME_LAST) if self.save_last else before.last
+        history = before.history
         if path is not None and score is not None:
-            kept = [saved for saved in self._history if saved[1] not in (*outdated, path)]
-            self._history = [*kept, (score, path)]
-        if self.save_last:
-            self.last_model_path = self._filled(trainer, metrics, self.CHECKPOINT_NAME_LAST)
+            history = (*(saved for saved in history if saved[1] not in (*displaced, path)), (score, path))
+        # the file that is about to be written holds this callback's state, itself included
+        self._books = replace(
+            self._books,
+            history=history,
+            last=last,
+            step_saved=trainer.global_step,
+            displaced=tuple(old for old in (*displaced, before.last) if old not in ("", path, last)),
+        )
+        if path is None and not self.save_last:
+            return
+        self._unsettled.append(before)
+        settle = partial(self._settle, before, self._books, path, self._teller(trainer, path))
         try:
-            if path is not None:
-                trainer.save_checkpoint(path, weights_only=self.save_weights_only)
-            if self.save_last:
-                self._write_last(trainer, path)
+            trainer.save_checkpoint(path or last, self.save_weights_only, wait=not self.background, then=[settle])
         except BaseException:
-            self._history, self.last_model_path, self._current, self._step_saved = before
+            self._take_back(before)
             raise
-        if self.save_last and previous_last not in ("", self.last_model_path):
-            outdated = [*outdated, previous_last]
-        if trainer.is_global_zero:
-            for old in outdated:
-                if old not in (path, self.last_model_path):
-                    remove(old)
-        if path is not None or self.save_last:
-            self._tell(trainer, path)
+        if not trainer.is_global_zero:  # which settles it
+            self._unsettled.clear()
+
+    def _settle(self, before: Books, books: Books, path: str | None, tell: Callable[[], None]) -> None:
+        """Do what had to wait for the file; called by the thread that wrote it."""
+        if before not in self._unsettled:  # taken back: Ctrl-C came between the copy and the write
+            return
+        if path is not None and self.save_last:
+            self._put_last(path, books.last)
+        del self._unsettled[: self._unsettled.index(before) + 1]  # each write waits for the one before
+        for old in books.displaced:
+            remove(old)
+        tell()
+
+    def _take_back(self, before: Books) -> None:
+        """Undo what a failed save has changed, and the saves after it; nothing if the file is there."""
+        if before in self._unsettled:
+            self._books = before
+            del self._unsettled[self._unsettled.index(before) :]
+
+    def _put_last(self, path: str, last: str) -> None:
+        put = link_checkpoint if self.save_last == "link" else copy_checkpoint
+        put(path, last)
+
+    def _finish(self, trainer: Trainer) -> None:
+        """Do what the process that wrote the checkpoint we go on from was killed before it could do."""
+        books = self._books
+        newest = books.history[-1][1] if books.history else ""
+        if books.step_saved != self._start_step or books.step_saved not in (step_in(newest), step_in(books.last)):
+            return
+        if self.save_last and books.last and step_in(books.last) != books.step_saved:
+            self._put_last(newest, books.last)
+        for old in set(filter(self._lies_here, books.displaced)) - self._held(trainer):
+            remove(old)
 
     def _score(self, trainer: Trainer, metrics: Mapping[str, Any]) -> float | None:
         """Return the monitored value, or None if it cannot be there yet."""
         if self.monitor is None:
-            return max((score for score, _ in self._known()), default=-1.0) + 1.0
+            return float(trainer.global_step)  # the later the better
         if self.monitor in metrics:
-            self._current = float(metrics[self.monitor])
-            return self._current
-        message = _missing(f"ModelCheckpoint(monitor={self.monitor!r}) monitors", self.monitor, metrics)
+            score = float(metrics[self.monitor])
+            self._books = replace(self._books, current=score)
+            return score
+        message = missing(f"ModelCheckpoint(monitor={self.monitor!r}) monitors", self.monitor, metrics)
         if self._validated or not _has_validation(trainer):
             raise MetricError(message)
         if self.save_top_k == -1:  # all are kept, so this one as well, as the worst
@@ -379,19 +425,19 @@ class ModelCheckpoint(Callback):
 
     def _place(self, trainer: Trainer, metrics: Mapping[str, Any], score: float) -> tuple[str | None, list[str]]:
         """Return where to write this checkpoint, None if it is not among the best, and what it displaces."""
-        k, mode = self.save_top_k, self._rank_mode
-        if not is_kept(self._history, score, k, mode):
+        k, mode, history = self.save_top_k, self._rank_mode, self._books.history
+        if not is_kept(history, score, k, mode):
             return None, []
-        outdated = to_delete([*self._history, (score, "")], k, mode)
+        outdated = to_delete([*history, (score, "")], k, mode)
         path = self._filled(trainer, metrics)
         if not self.enable_version_counter:
-            here = [saved for saved in self._history if saved[1] == path]
+            here = [saved for saved in history if saved[1] == path]
             if here and k != -1 and not is_kept(here, score, 1, mode):
                 return None, []  # one name holds one checkpoint: with k the better, with -1 the later
-            others = [saved for saved in self._history if saved not in here]
+            others = [saved for saved in history if saved not in here]
             return path, to_delete([*others, (score, "")], k, mode)
         version = self.STARTING_VERSION
-        while os.path.lexists(path) and path not in outdated:
+        while path not in outdated and self._is_taken(trainer, path):
             path = self._filled(trainer, metrics, version=version)
             version += 1
         return path, outdated
@@ -401,99 +447,53 @@ class ModelCheckpoint(Callback):
     ) -> str:
         """Fill the template; before the first validation, metrics that are not there yet show as ``nan``."""
         if not self._validated and _has_validation(trainer):
-            template = filename if filename is not None else self.filename or _DEFAULT_FILENAME
-            keys = (key for _, key, _ in _check_template(template) if key is not None)
-            metrics = {**dict.fromkeys(keys, float("nan")), **metrics}
+            template = filename if filename is not None else self.filename or DEFAULT_FILENAME
+            metrics = {**dict.fromkeys(keys_of(template), float("nan")), **metrics}
         return self.format_checkpoint_name(metrics, filename, version)
 
-    def _write_last(self, trainer: Trainer, path: str | None) -> None:
-        """Write ``last``: from the file just written where there is one."""
-        if path is None:
-            trainer.save_checkpoint(self.last_model_path, weights_only=self.save_weights_only)
-        elif trainer.is_global_zero:
-            put = link_checkpoint if self.save_last == "link" else copy_checkpoint
-            put(path, self.last_model_path)
+    def _is_taken(self, trainer: Trainer, path: str) -> bool:
+        """Whether nothing may be written under this name: a file that is kept, or of another run."""
+        if path in self._held(trainer):
+            return True
+        if path in self._books.displaced or not exists(path):  # what is deleted in the background counts as gone
+            return False
+        try:
+            about = read_about(path)
+        except CheckpointError:
+            return exists(path)
+        if about.run_id is None or about.run_id != trainer.run_id:
+            return True  # else this training was killed after it wrote the file, and comes to it again
+        return about.global_step <= self._start_step and about.global_step != trainer.global_step
 
-    def _tell(self, trainer: Trainer, path: str | None) -> None:
-        if self.verbose:
-            where = " and ".join(where for where in (path, self.last_model_path if self.save_last else None) if where)
-            value = "" if self.monitor is None or self._current is None else f", {self.monitor}={self._current:.5g}"
-            trainer.print(f"Saved step {trainer.global_step}{value}: {where}")
-        for logger in trainer.loggers:
-            logger.after_save_checkpoint(self)
+    def _held(self, trainer: Trainer) -> set[str]:
+        """Every path that a ModelCheckpoint of this Trainer keeps."""
+        return self._books.held.union(*(each._books.held for each in trainer.checkpoint_callbacks))
 
+    def _lies_here(self, path: str) -> bool:
+        return lies_in(self.dirpath, path, self.FILE_EXTENSION)
 
-def _check_policy(monitor: object, mode: object, save_top_k: object, save_last: object) -> None:
-    if monitor is not None and (not isinstance(monitor, str) or not monitor):
-        reject("monitor", monitor, "the key of a logged metric, or None")
-    if mode not in ("min", "max"):
-        reject("mode", mode, "'min' (lower is better) or 'max' (higher is better)")
-    if isinstance(save_top_k, bool) or not isinstance(save_top_k, int) or save_top_k < -1:
-        reject("save_top_k", save_top_k, "-1 (keep all), 0 (none), or a number of checkpoints")
-    if monitor is None and save_top_k > 1:
-        reject("save_top_k", save_top_k, "-1, 0 or 1 without monitor; to keep the latest k: monitor='step', mode='max'")
-    if save_last not in (None, True, False, "link"):
-        reject("save_last", save_last, "True, 'link', or None")
+    def _is_still(self, path: str) -> bool:
+        """Whether the file is there and the one it was, not one that a later save put under its name."""
+        return self._lies_here(path) and exists(path) and (step_in(path) or 0) <= self._start_step
 
+    def _teller(self, trainer: Trainer, path: str | None) -> Callable[[], None]:
+        """What tells of this save, with the values of now."""
+        where = " and ".join(where for where in (path, self._books.last if self.save_last else None) if where)
+        current = self._books.current
+        value = "" if self.monitor is None or current is None else f", {self.monitor}={current:.5g}"
+        line = f"Saved step {trainer.global_step}{value}: {where}"
 
-def _check_triggers(steps: object, interval: object, epochs: object, on_train_epoch_end: bool | None) -> None:
-    for name, value in (("every_n_train_steps", steps), ("every_n_epochs", epochs)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            reject(name, value, "a number >= 0, where 0 means never, or None")
-    if interval is not None and (not isinstance(interval, timedelta) or interval <= timedelta(0)):
-        reject("train_time_interval", interval, "a datetime.timedelta longer than 0, or None")
-    given = {"every_n_train_steps": steps, "every_n_epochs": epochs, "train_time_interval": interval}
-    given = {name: value for name, value in given.items() if value}
-    if len(given) > 1:
-        shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        raise ConfigurationError(
-            f"ModelCheckpoint has one trigger, and got {len(given)}: {shown}. Pass one of them, and add a second "
-            "ModelCheckpoint for the other."
-        )
-    if on_train_epoch_end and given and "every_n_epochs" not in given:
-        other = next(iter(given))
-        reject("save_on_train_epoch_end", True, f"None with {other}; it moves the epoch trigger, which is not set")
+        def tell() -> None:
+            if self.verbose:
+                trainer.print(line)
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(self)
 
-
-def _check_template(template: str) -> list[tuple[str, str | None, str]]:
-    """Split a template into (text, key or None, format) and refuse what cannot be filled."""
-    if not template or os.path.isabs(template):
-        reject("filename", template, "a name within dirpath, such as '{epoch}-{val_loss:.2f}'")
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ConfigurationError(f"filename={template!r} is not a valid template: {error}.") from None
-    for _, key, spec, conversion in parts:
-        if key is None:
-            continue
-        if not key or conversion or "{" in (spec or ""):
-            reject("filename", template, "fields such as '{epoch:02d}' or '{val_loss:.2f}'")
-        if not any(_accepts(spec or "", value) for value in (1, 1.5)):
-            reject("filename", template, f"a number format after the colon in {{{key}:{spec}}}, such as .2f or 02d")
-    return [(literal, key, spec or "") for literal, key, spec, _ in parts]
-
-
-def _accepts(spec: str, value: float) -> bool:
-    try:
-        format(value, spec)
-    except ValueError:
-        return False
-    return True
-
-
-def _missing(who: str, key: str, metrics: Mapping[str, Any]) -> str:
-    known = ", ".join(sorted(metrics)) or "none"
-    return f"{who} {key!r}, which was not logged.{did_you_mean(key, metrics)} Known: {known}."
+        return tell
 
 
 def _tensor(score: float) -> Tensor:
     return torch.tensor(score, dtype=torch.float64)
-
-
-def _absolute(path: str | os.PathLike[str]) -> str:
-    if "://" in str(path):
-        reject("dirpath", str(path), "a local folder; remote ones are not supported yet")
-    return os.path.abspath(Path(path).expanduser())
 
 
 def _has_validation(trainer: Trainer) -> bool:
