@@ -6,36 +6,20 @@ Nothing here waits for the device except `to_floats`, which brings any number of
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leyden.data.transfer import batch_size_of
-from leyden.errors import MetricError, did_you_mean
+from leyden.errors import MetricError, did_you_mean, warn
+from leyden.series import NAMED_REDUCTIONS, MetricObject, Pack, Reduction, Series, Unpacked, Value, one_number, wide
 
-Value = Tensor | float
+__all__ = ["Metrics", "Reduction", "Value", "as_tensors", "missing_metric", "to_floats"]
+
+_CPU = torch.device("cpu")
 Key = TypeVar("Key", bound=Hashable)
-Reduction = str | Callable[[Tensor], Tensor]
-
-_NAMED_REDUCTIONS: dict[Any, str] = {
-    "mean": "mean", "avg": "mean", torch.mean: "mean", "sum": "sum", torch.sum: "sum",
-    "min": "min", torch.min: "min", torch.amin: "min", "max": "max", torch.max: "max", torch.amax: "max",
-}  # fmt: skip
-_COMPACT_AT = 64
-"""Tensors held before they are summed: few small kernels instead of two per step, and bounded memory."""
-
-
-@runtime_checkable
-class MetricObject(Protocol):
-    """What is asked of a metric object; `torchmetrics.Metric` has it."""
-
-    def compute(self) -> Any:
-        """Return the value over all updates since the last reset."""
-
-    def reset(self) -> None:
-        """Forget all updates."""
 
 
 def to_floats(values: Mapping[Key, Value]) -> dict[Key, float]:
@@ -46,102 +30,9 @@ def to_floats(values: Mapping[Key, Value]) -> dict[Key, float]:
         if isinstance(value, Tensor):
             by_device.setdefault(value.device, []).append(name)
     for device, names in by_device.items():
-        stacked = torch.stack([values[name].to(_wide(device)) for name in names])  # type: ignore[union-attr]
+        stacked = torch.stack([values[name].to(wide(device)) for name in names])  # type: ignore[union-attr]
         floats.update(zip(names, stacked.tolist(), strict=True))  # tolist() waits for the device, once
     return {name: float(floats[name]) for name in values}
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-
-
-class Series:
-    """All values of one key in one epoch: the latest, and what the epoch's value is reduced from."""
-
-    def __init__(self, name: str, flags: tuple[Any, ...], dataloader_idx: int | None) -> None:
-        self.name = name
-        self.flags = flags
-        self.on_step, self.on_epoch, self.prog_bar, self.logger, reduce_fx = flags
-        self.reduction = _NAMED_REDUCTIONS.get(reduce_fx, reduce_fx)
-        self.dataloader_idx = dataloader_idx
-        self.metric: MetricObject | None = None
-        self.latest: Value | None = None
-        self.fresh = False  # logged since the last flush
-        self.history: list[tuple[int, int, Value]] = []  # (loader, batch, value), for evaluation's step values
-        self._epoch_value: Value | None = None
-        self._updates: int | None = None
-        self._pending: list[Tensor] = []
-        self._weights: list[float] = []
-        self._total: Value | None = None
-        self._weight = 0.0
-
-    def add(self, value: Value, weight: float) -> None:
-        """Take one value; ``weight`` matters for means only."""
-        self.latest = value
-        self.fresh = True
-        self._epoch_value = None
-        if not self.on_epoch or self.metric is not None:
-            return
-        if isinstance(value, Tensor):
-            self._pending.append(value)
-            self._weights.append(weight)
-            if len(self._pending) >= _COMPACT_AT and not callable(self.reduction):
-                self._compact()
-        elif callable(self.reduction):
-            self._pending.append(torch.tensor(float(value)))
-        else:
-            self._merge(value * weight if self.reduction == "mean" else value, weight)
-
-    def epoch_value(self) -> Value | None:
-        """Reduce everything that was added since the epoch began; None if nothing was."""
-        if self.metric is not None:
-            if self._epoch_value is None:
-                self._epoch_value = _one_number(self.name, "the metric's compute()", self.metric.compute())
-            return self._epoch_value
-        if callable(self.reduction):
-            if not self._pending:
-                return None
-            values = [value if value.is_floating_point() else value.float() for value in self._pending]
-            return _one_number(self.name, "reduce_fx", self.reduction(torch.stack(values)))
-        self._compact()
-        if self._total is None or (self.reduction == "mean" and self._weight == 0):
-            return None  # nothing was logged, or of empty batches only
-        value = self._total / self._weight if self.reduction == "mean" else self._total
-        return value.to(torch.get_default_dtype()) if isinstance(value, Tensor) else value
-
-    def forget_computed(self) -> None:
-        """Ask a metric object again, unless its count of updates says that no hook has updated it without logging it."""
-        updates = getattr(self.metric, "update_count", None)
-        if updates is None or updates != self._updates:
-            self._epoch_value, self._updates = None, updates
-
-    def _compact(self) -> None:
-        if not self._pending:
-            return
-        wide = _wide(self._pending[0].device)
-        if self.reduction == "mean":
-            groups: dict[float, list[Tensor]] = {}  # by weight: no copy of weights to the device is needed
-            for value, weight in zip(self._pending, self._weights, strict=True):
-                groups.setdefault(weight, []).append(value)
-            for weight, values in groups.items():
-                self._merge(torch.stack(values).to(wide).sum() * weight, weight * len(values))
-        else:
-            reduce: Callable[[Tensor], Tensor] = getattr(torch, str(self.reduction))
-            self._merge(reduce(torch.stack(self._pending).to(wide)), 0.0)
-        self._pending.clear()
-        self._weights.clear()
-
-    def _merge(self, part: Value, weight: float) -> None:
-        self._weight += weight
-        if self._total is None:
-            self._total = part
-        elif self.reduction in ("mean", "sum"):
-            self._total = self._total + part
-        elif isinstance(self._total, Tensor) or isinstance(part, Tensor):
-            pick = torch.minimum if self.reduction == "min" else torch.maximum
-            self._total = pick(torch.as_tensor(self._total), torch.as_tensor(part))
-        else:
-            self._total = min(self._total, part) if self.reduction == "min" else max(self._total, part)
 
 
 class Metrics:
@@ -205,6 +96,21 @@ class Metrics:
         self._dataloader_idx = None
         self._batch = None
 
+    # What the policies for steps that go wrong ask
+
+    def mark(self) -> dict[str, tuple[Series, dict[str, Any]]]:
+        """Note what training's series hold now, for `rewind`: some small copies for each."""
+        return {key: (series, series.contents()) for key, series in self._train.items()}
+
+    def rewind(self, mark: dict[str, tuple[Series, dict[str, Any]]]) -> None:
+        """Forget what was logged in training since `mark`, except what metric objects were updated with."""
+        self._train.clear()
+        for key, (series, contents) in mark.items():
+            vars(series).update(
+                {name: list(value) if isinstance(value, list) else value for name, value in contents.items()}
+            )
+            self._train[key] = series
+
     # What users call
 
     def log(
@@ -248,7 +154,7 @@ class Metrics:
                     f"self.log({name!r}, metric, on_step=True) needs the metric's value on this batch: call it as "
                     "self.metric(preds, target) before logging, or log it with on_step=False."
                 )
-            value = _one_number(name, "the metric", value)
+            value = one_number(name, "the metric", value)
         elif not isinstance(value, (int, float)):
             value = self._number(name, value)
         weight = 1.0
@@ -291,17 +197,20 @@ class Metrics:
             raise MetricError(
                 f"self.log({name!r}, on_step=True) is not possible in a hook of a whole epoch: it has no step."
             )
-        if not (callable(reduce_fx) or reduce_fx in _NAMED_REDUCTIONS):
+        if not (callable(reduce_fx) or reduce_fx in NAMED_REDUCTIONS):
             raise MetricError(
                 f"self.log({name!r}, reduce_fx={reduce_fx!r}): allowed are 'mean', 'sum', 'min', 'max', or a function of "
                 f"the stacked values.{did_you_mean(str(reduce_fx), ('mean', 'sum', 'min', 'max'))}"
             )
         known = self._active.get(key)
         if known is not None:
+            if known.lost:
+                known.take_up(reduce_fx, value)
             names = ("on_step", "on_epoch", "prog_bar", "logger", "reduce_fx")
             both = zip(names, known.flags, flags, strict=True)
             changed = [f"{n}={a!r} and {b!r}" for n, a, b in both if not _same(a, b)]
             if not changed:
+                known.flags = flags  # the same in other words, such as torch.mean for "mean"
                 return known
             raise MetricError(
                 f"self.log({name!r}, …) was called twice in one epoch with different arguments ({', '.join(changed)}). "
@@ -370,10 +279,65 @@ class Metrics:
 
     def reset(self) -> None:
         """Forget the active series: their epoch is over."""
+        lost = [series.name for series in self._active.values() if series.lost and series.on_epoch]
         for series in self._active.values():
             if series.metric is not None:
                 series.metric.reset()
         self._active.clear()
+        if lost:
+            warn(
+                "metric-not-restored",
+                f"{', '.join(map(repr, lost))}: logged before the checkpoint that this run goes on from, and not after it, with "
+                "a function as reduce_fx, or as a metric object that is no submodule of the module. A checkpoint can hold "
+                "neither, so the values of this one epoch are missing. Log in the epoch's later part too, reduce by 'mean', "
+                "'sum', 'min' or 'max', or make the metric object an attribute of the module.",
+            )
+
+    # A checkpoint
+
+    def state_dict(self, module: nn.Module | None = None, device: torch.device = _CPU) -> dict[str, Any]:
+        """Return training's open series and everything published, as plain data and a few tensors.
+
+        To be called between two steps or at an epoch's end; the series of an evaluation are not part of it. Nothing waits for
+        the device. The state of metric objects is not in it, only their names: see `leyden.metrics_state`.
+
+        Args:
+            module: where metric objects are looked for.
+            device: that of the run.
+        """
+        names = {id(part): name for name, part in module.named_modules()} if module is not None else {}
+        pack = Pack()
+        return {
+            "device": device.type,
+            "published": {name: pack.add(value) for name, value in self.published.items()},
+            "prog_bar": list(self._prog_bar),
+            "logged": list(self._logged),
+            "series": [series.state_dict(pack, names) for series in self._train.values()],
+            "tensors": pack.state_dict(),  # last: the pack is full only now
+        }
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], module: nn.Module | None = None, device: torch.device = _CPU
+    ) -> None:
+        """Take back what `state_dict` returned, in the place of everything logged so far.
+
+        Every later value is then the same to the last bit. What the state cannot hold, a function given as ``reduce_fx`` and a
+        metric object that is no submodule, comes with the next log call of the same name; if there is none in that
+        epoch, a warning (``metric-not-restored``) says so.
+
+        Args:
+            state: is copied from.
+            module: where metric objects are looked for.
+            device: that of the run. If it is of another kind than before, sums go on, but not to the last bit.
+        """
+        unpacked = Unpacked(state["tensors"], state["device"], device)
+        published = {name: unpacked.value(place) for name, place in state["published"].items()}
+        self.published = {name: value for name, value in published.items() if value is not None}
+        self._prog_bar = dict.fromkeys(state["prog_bar"])
+        self._logged = dict.fromkeys(state["logged"])
+        self._train.clear()
+        for each in state["series"]:
+            self._train[each["name"]] = Series.restored(each, unpacked, module)
 
     # What the public Trainer shows
 
@@ -403,20 +367,9 @@ class Metrics:
         return to_floats(values)
 
 
-def _one_number(name: str, source: str, value: Any) -> Value:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return value.detach().reshape(())
-    if isinstance(value, (int, float)):
-        return value
-    given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-    raise MetricError(
-        f"self.log({name!r}, …): {source} returned {given}; a logged value is one number. Log its parts under their own "
-        "names, e.g. with self.log_dict."
-    )
-
-
 def _same(first: Any, second: Any) -> bool:
     # A lambda written in the call is a new object at each step, of the same code.
+    first, second = NAMED_REDUCTIONS.get(first, first), NAMED_REDUCTIONS.get(second, second)
     return first == second or getattr(first, "__code__", first) is getattr(second, "__code__", second)
 
 

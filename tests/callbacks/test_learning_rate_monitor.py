@@ -9,6 +9,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
 from leyden.callbacks import LearningRateMonitor
+from leyden.checkpoint.format import decode, encode
 from leyden.errors import ConfigurationError
 
 
@@ -35,6 +36,7 @@ def fake_trainer(optimizers: list[Optimizer], configs: Any = (), **changes: Any)
         "loggers": [Memory(), Memory()],
         "log_every_n_steps": 2,
         "global_step": 0,
+        "current_epoch": 0,
         "fast_dev_run": 0,
         "callback_metrics": {},
     }
@@ -71,6 +73,7 @@ def fit(monitor: LearningRateMonitor, trainer: Any, epochs: int = 2, steps: int 
         for one in trainer.lr_scheduler_configs:
             if one.interval == "epoch":
                 one.scheduler.step()
+        trainer.current_epoch += 1
 
 
 def names(optimizers: list[Optimizer], configs: Any = (), **options: Any) -> list[str]:
@@ -162,6 +165,66 @@ def test_tensor_rates_become_plain_numbers() -> None:
     trainer = fake_trainer([AdamW([parameter()], lr=torch.tensor(0.5))])
     fit(LearningRateMonitor("epoch"), trainer, epochs=1)
     assert type(trainer.loggers[0].rows[0][1]["lr-AdamW"]) is float
+
+
+def test_a_resumed_run_shows_and_logs_the_same() -> None:
+    def start() -> tuple[LearningRateMonitor, Any]:
+        groups = [{"params": [parameter()], "lr": 0.5}, {"params": [parameter()], "lr": 0.25}]
+        optimizer = SGD(groups, momentum=0.9)
+        return LearningRateMonitor(log_momentum=True), fake_trainer([optimizer])
+
+    monitor, trainer = start()
+    fit(monitor, trainer, epochs=1, steps=4)
+    whole, seen = monitor.lrs, trainer.loggers[0].rows
+    assert [len(values) for values in whole.values()] == [3, 3]
+
+    first, trainer = start()
+    module = fake_module(trainer)
+    first.on_train_start(trainer, module)
+    first.on_train_epoch_start(trainer, module)
+    for step in range(2):
+        trainer.global_step = step
+        first.on_train_batch_start(trainer, module, None, step)
+    state, rows = decode(*encode({"state": first.state_dict()}))["state"], trainer.loggers[0].rows
+
+    resumed, trainer = start()
+    trainer.global_step = 2
+    resumed.load_state_dict(state)
+    resumed.setup(trainer, module, "fit")
+    assert resumed.lrs == first.lrs
+    resumed.on_train_start(trainer, module)
+    resumed.on_train_epoch_start(trainer, fake_module(trainer))  # of the same epoch: it was logged already
+    assert trainer.loggers[0].rows == []
+    for step in range(2, 4):
+        trainer.global_step = step
+        resumed.on_train_batch_start(trainer, module, None, step)
+    assert (resumed.lrs, rows + trainer.loggers[0].rows) == (whole, seen)
+    assert resumed.last_momentum_values == monitor.last_momentum_values
+    trainer.current_epoch = 1
+    resumed.on_train_epoch_start(trainer, module)
+    assert len(trainer.loggers[0].rows) == 2
+
+
+def test_a_second_fit_logs_its_first_epoch() -> None:
+    monitor = LearningRateMonitor("epoch")
+    for _ in range(2):
+        trainer = fake_trainer([SGD([parameter()])])
+        fit(monitor, trainer, epochs=1, steps=1)
+        assert len(trainer.loggers[0].rows) == 1
+
+
+def test_the_state_of_a_long_run_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leyden.callbacks.learning_rate_monitor._KEPT", 5)
+    optimizer = SGD([parameter()], lr=1.0)
+    monitor, trainer = (
+        LearningRateMonitor("step"),
+        fake_trainer([optimizer], [config(optimizer, "step")], log_every_n_steps=1),
+    )
+    fit(monitor, trainer, epochs=1, steps=9)
+    assert monitor.lrs["lr-SGD"] == [0.5**step for step in range(4, 9)]
+    resumed = LearningRateMonitor("step")
+    resumed.load_state_dict(monitor.state_dict())
+    assert resumed.lrs == monitor.lrs
 
 
 def test_no_logger() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from leyden.callbacks.callback import Callback
 from leyden.errors import ConfigurationError, reject
 
@@ -12,6 +14,9 @@ if TYPE_CHECKING:
 
     from leyden.module import LightningModule
     from leyden.trainer import Trainer
+
+_KEPT = 10_000
+"""Rates kept of each group, and written to each checkpoint: 80 kB."""
 
 
 class LearningRateMonitor(Callback):
@@ -33,7 +38,8 @@ class LearningRateMonitor(Callback):
         log_weight_decay: log ``weight_decay``; 0 where there is none.
 
     Attributes:
-        lrs: all learning rates logged so far, by name.
+        lrs: the learning rates logged so far, by name; of each the newest 10 000, so that a checkpoint of a long run stays
+            small. A run that goes on from a checkpoint goes on with those of the checkpoint.
         last_momentum_values: the momentum logged last, by name.
         last_weight_decay_values: the weight decay logged last, by name.
 
@@ -57,7 +63,25 @@ class LearningRateMonitor(Callback):
         self.last_weight_decay_values: dict[str, float] = {}
         self._at_steps: list[tuple[str, Optimizer]] = []
         self._at_epochs: list[tuple[str, Optimizer]] = []
-        self._logged_step = -1
+        self._logged_step = self._logged_epoch = -1
+        self._carried = (-1, -1)  # these two as a checkpoint has them, until training begins
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values that the attributes show, and for which step and epoch values were logged last."""
+        return {
+            "lrs": {name: torch.tensor(values, dtype=torch.float64) for name, values in self.lrs.items()},
+            "last_momentum_values": dict(self.last_momentum_values),
+            "last_weight_decay_values": dict(self.last_weight_decay_values),
+            "logged_step": self._logged_step,
+            "logged_epoch": self._logged_epoch,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Show what was shown at the checkpoint, and do not log an epoch again that goes on in its middle."""
+        self.lrs = {name: values.tolist() for name, values in state_dict["lrs"].items()}
+        self.last_momentum_values = dict(state_dict["last_momentum_values"])
+        self.last_weight_decay_values = dict(state_dict["last_weight_decay_values"])
+        self._carried = (int(state_dict["logged_step"]), int(state_dict["logged_epoch"]))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Name the optimizers and decide when each of them is logged."""
@@ -68,7 +92,7 @@ class LearningRateMonitor(Callback):
                 "Leave logger=False out, pass logger=[...], or remove the callback."
             )
         self._at_steps, self._at_epochs = [], []
-        self._logged_step = -1
+        (self._logged_step, self._logged_epoch), self._carried = self._carried, (-1, -1)
         for name, optimizer in _names(trainer):
             intervals = {c.interval for c in trainer.lr_scheduler_configs if c.scheduler.optimizer is optimizer}
             if self.logging_interval is not None:
@@ -83,7 +107,9 @@ class LearningRateMonitor(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the optimizers whose rate changes by epoch."""
-        if self._at_epochs:
+        epoch = trainer.current_epoch
+        if self._at_epochs and epoch != self._logged_epoch:
+            self._logged_epoch = epoch
             self._log(trainer, pl_module, self._at_epochs, trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -114,7 +140,10 @@ class LearningRateMonitor(Callback):
         values: dict[str, float] = {}
         for key, group in _groups(name, optimizer):
             values[key] = float(group["lr"])
-            self.lrs.setdefault(key, []).append(values[key])
+            shown = self.lrs.setdefault(key, [])
+            shown.append(values[key])
+            if len(shown) > _KEPT:
+                del shown[0]
             if self.log_momentum:
                 betas = group.get("betas")
                 momentum = float(betas[0] if betas else group.get("momentum", 0.0))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from leyden.errors import reject
@@ -25,11 +26,15 @@ class MetricsFile:
     def __init__(self, path: str) -> None:
         self.path = path
         self._columns: list[str] | None = None
+        self._row_count = 0
+        self._last_row: dict[str, str] = {}
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Append rows; cells of columns that a row does not have stay empty."""
         if self._columns is None:
             self._columns = self._continue()
+        if not rows:
+            return
         known = set(self._columns)
         new = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in known]
         if new:
@@ -39,30 +44,87 @@ class MetricsFile:
         csv.DictWriter(text, self._columns, lineterminator="\n").writerows(rows)
         with open(self.path, "a", encoding="utf-8", newline="") as file:
             file.write(text.getvalue())
+        self._row_count += len(rows)
+        self._last_row = {name: str(cell) for name, cell in rows[-1].items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many rows the file has, and the last of them, by which the file is known again."""
+        if self._columns is None and os.path.exists(self.path):
+            self._columns = self._continue()
+        return {"path": os.path.abspath(self.path), "rows": self._row_count, "last": dict(self._last_row)}
+
+    def cut(self, global_step: int, state: Mapping[str, Any]) -> None:
+        """Drop the rows that came after a checkpoint, and the columns that only they had.
+
+        Args:
+            global_step: of the checkpoint. Decides where ``state`` is not that of this file: rows of later steps are dropped.
+            state: what `state_dict` returned at the checkpoint.
+        """
+        if not os.path.exists(self.path):
+            return
+        self._drop_torn_line()
+        with open(self.path, encoding="utf-8", newline="") as file:
+            columns, *rows = list(csv.reader(file)) or [[]]
+        count = state.get("rows", 0)
+        if count:
+            known = count <= len(rows) and _cells(columns, rows[count - 1]) == state.get("last")
+        else:
+            known = state.get("path") == os.path.abspath(self.path)
+        kept = [_cells(columns, row) for row in rows]
+        kept = kept[:count] if known else [row for row in kept if not _is_later(row, global_step)]
+        names = {name for row in kept for name in row}
+        used = [name for name in columns if name in names]
+        if len(kept) < len(rows) or len(used) < len(columns):
+            self._replace([used, *([row.get(name, "") for name in used] for row in kept)] if used else [])
+        self._columns, self._row_count, self._last_row = used, len(kept), kept[-1] if kept else {}
 
     def _continue(self) -> list[str]:
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         if not os.path.exists(self.path):
             return []
+        self._drop_torn_line()
+        with open(self.path, encoding="utf-8", newline="") as file:
+            rows = csv.reader(file)
+            columns = next(rows, [])
+            last: list[str] = []
+            for row in rows:
+                last, self._row_count = row, self._row_count + 1
+            self._last_row = _cells(columns, last)
+            return columns
+
+    def _drop_torn_line(self) -> None:
         with open(self.path, "rb+") as binary:
             binary.truncate(_end_of_last_line(binary))
-        with open(self.path, encoding="utf-8", newline="") as file:
-            return next(csv.reader(file), [])
 
     def _widen(self, old: list[str], new: list[str]) -> None:
-        temporary = f"{self.path}.{os.getpid()}.tmp"
         missing = [""] * (len(new) - len(old))
+        if not old:
+            self._replace([new])
+            return
+        with open(self.path, encoding="utf-8", newline="") as source:
+            rows = csv.reader(source)
+            next(rows)
+            self._replace(itertools.chain([new], ([*row, *missing] for row in rows)))
+
+    def _replace(self, rows: Iterable[Sequence[str]]) -> None:
+        """Write the file anew, whole or not at all."""
+        temporary = f"{self.path}.{os.getpid()}.tmp"
         with open(temporary, "w", encoding="utf-8", newline="") as target:
-            writer = csv.writer(target, lineterminator="\n")
-            writer.writerow(new)
-            if old:
-                with open(self.path, encoding="utf-8", newline="") as source:
-                    rows = csv.reader(source)
-                    next(rows)
-                    writer.writerows([*row, *missing] for row in rows)
+            csv.writer(target, lineterminator="\n").writerows(rows)
             target.flush()
             os.fsync(target.fileno())
         os.replace(temporary, self.path)
+
+
+def _cells(columns: Sequence[str], row: Sequence[str]) -> dict[str, str]:
+    return {name: cell for name, cell in zip(columns, row, strict=False) if cell}
+
+
+def _is_later(row: Mapping[str, str], global_step: int) -> bool:
+    try:
+        return int(row["step"]) > global_step
+    except (KeyError, ValueError):  # not written here
+        return False
 
 
 def _end_of_last_line(file: io.BufferedRandom) -> int:
@@ -85,7 +147,8 @@ class CSVLogger(Logger):
     Rows are appended, some at a time. When a name appears for the first time the file is rewritten with the
     wider header, and replaced in one go.
 
-    To continue the file of an earlier run, pass its ``version``: rows are then appended to what is there.
+    To continue the file of an earlier run, pass its ``version``: rows are then appended to what is there, after what came
+    later than the checkpoint that `fit` goes on from is dropped.
 
     Args:
         save_dir: the folder below which all experiments lie.
@@ -193,6 +256,26 @@ class CSVLogger(Logger):
         if self._rows:
             self.experiment.append(self._rows)
             self._rows = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Bring everything logged so far to the file; return how many rows that are."""
+        if self._silent:
+            return {}
+        self.save()
+        written = self.experiment.state_dict() if self._folder.is_picked else {}
+        return {"logged": self._row_count, "file": written}
+
+    def resume_from(self, global_step: int, state: Mapping[str, Any]) -> None:
+        """Drop the rows that an earlier process wrote to this version's file after the checkpoint.
+
+        The file is then what it was at the checkpoint, and what is logged from here on makes it the one that an undisturbed run
+        would have written. If it is another file than that of ``state``, rows of steps after ``global_step`` are dropped.
+        """
+        if self._silent or not self._folder.is_picked:
+            return
+        self.save()
+        self.experiment.cut(global_step, state.get("file", {}))
+        self._row_count = state.get("logged", self._row_count)
 
     def adopt_version(self, version: int | str | None) -> None:
         """Be a silent copy of rank zero's logger: take its version, and write nothing from here on."""

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +93,46 @@ class Logger(ABC):
     def adopt_version(self, version: int | str | None) -> None:
         """Be a silent copy of rank zero's logger: take its version, and write nothing from here on."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return, as plain data, how far this logger has written; it becomes part of a checkpoint.
+
+        Called whenever the state of a run is captured. What was logged so far should then be where it is kept: a process that is
+        killed later goes on from here.
+        """
+        return {}
+
+    def resume_from(self, global_step: int, state: Mapping[str, Any]) -> None:
+        """Learn that the run goes on from a checkpoint, before anything is logged.
+
+        What a killed process logged after that checkpoint will be logged again: a logger that goes on in the same place should
+        drop it.
+
+        Args:
+            global_step: optimizer steps that were done at the checkpoint.
+            state: what `state_dict` returned then; empty if the checkpoint has none for this logger.
+        """
+
+
+def capture_loggers(loggers: Sequence[Logger]) -> list[list[Any]]:
+    """Return the state of every logger with the name of its class."""
+    return [[type(logger).__qualname__, logger.state_dict()] for logger in loggers]
+
+
+def resume_loggers(loggers: Sequence[Logger], states: Sequence[Sequence[Any]], global_step: int) -> None:
+    """Tell every logger that the run goes on from a checkpoint.
+
+    Args:
+        loggers: each gets the next state of its class.
+        states: from `capture_loggers`, perhaps of other loggers.
+        global_step: optimizer steps that were done at the checkpoint.
+    """
+    left = [list(entry) for entry in states]
+    for logger in loggers:
+        own = next((entry for entry in left if entry[0] == type(logger).__qualname__), None)
+        if own is not None:
+            left.remove(own)
+        logger.resume_from(global_step, own[1] if own is not None else {})
+
 
 class VersionFolder:
     """The folder ``<save_dir>/<name>/version_N``, whose number is picked when it is first needed.
@@ -117,6 +157,11 @@ class VersionFolder:
         if self._version is None:
             self._version = self._take_next_number()
         return self._version
+
+    @property
+    def is_picked(self) -> bool:
+        """Whether the version is known: it was given, or has been read."""
+        return self._version is not None
 
     @property
     def path(self) -> str:

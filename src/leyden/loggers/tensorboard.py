@@ -45,7 +45,8 @@ class TensorBoardLogger(Logger):
     """Writes ``<save_dir>/<name>/version_N``: an event file for TensorBoard, and ``hparams.yaml``.
 
     The folder and the event file are made with the first thing that is logged. To continue an earlier run,
-    pass its ``version``; TensorBoard shows both event files as one run.
+    pass its ``version``; TensorBoard shows both event files as one run. After `fit` with a ``ckpt_path``, it hides what
+    had been logged after the checkpoint's step.
 
     Args:
         save_dir: the folder below which all experiments lie.
@@ -93,6 +94,7 @@ class TensorBoardLogger(Logger):
         self._writer: Any = None
         self._hparams: dict[str, Any] = {}
         self._last_step = -1
+        self._resumed_at: int | None = None
 
     @property
     def name(self) -> str:
@@ -132,7 +134,11 @@ class TensorBoardLogger(Logger):
             ConfigurationError: if tensorboard cannot be imported.
         """
         if self._writer is None:
-            self._writer = _summary_writer(self.log_dir, self._writer_options)
+            options = dict(self._writer_options)
+            if self._resumed_at is not None:
+                options.setdefault("purge_step", self._resumed_at + 1)  # hides what has this step and later ones
+                self._resumed_at = None  # a file that is opened later must not hide this one
+            self._writer = _summary_writer(self.log_dir, options)
         return self._writer
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -226,6 +232,22 @@ class TensorBoardLogger(Logger):
         self._writer = _SilentWriter()
         if version is not None:
             self._folder.set_version(version)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Bring everything logged so far to the disk; return the last step, for values that are logged without one."""
+        self.save()
+        return {"last_step": self._last_step}
+
+    def resume_from(self, global_step: int, state: Mapping[str, Any]) -> None:
+        """Have TensorBoard hide what an earlier process logged in this folder after ``global_step``.
+
+        What it logged at the same step after the checkpoint stays, beside what is logged anew.
+        """
+        if self._is_silent:
+            return
+        self.finalize("success")  # the next file carries the mark
+        self._resumed_at = global_step
+        self._last_step = state.get("last_step", global_step)
 
     @property
     def _is_silent(self) -> bool:
