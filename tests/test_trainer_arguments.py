@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import leyden
-from leyden.callbacks import Callback, ModelCheckpoint, ModelSummary, RichProgressBar, Timer
+from leyden.callbacks import Callback, ModelCheckpoint, ModelSummary, Preemption, RichProgressBar, Timer
 from leyden.errors import ConfigurationError, LeydenWarning
 from leyden.loggers import CSVLogger
 from leyden.precision import PRECISIONS, Precision
@@ -28,7 +28,7 @@ ARGUMENTS = """accelerator strategy devices num_nodes precision logger callbacks
 min_steps max_time limit_train_batches limit_val_batches limit_test_batches limit_predict_batches overfit_batches
 val_check_interval check_val_every_n_epoch num_sanity_val_steps log_every_n_steps enable_checkpointing
 enable_progress_bar enable_model_summary accumulate_grad_batches gradient_clip_val gradient_clip_algorithm deterministic
-benchmark inference_mode use_distributed_sampler profiler detect_anomaly barebones plugins sync_batchnorm
+benchmark inference_mode use_distributed_sampler profiler detect_anomaly nan_policy oom_policy barebones plugins sync_batchnorm
 reload_dataloaders_every_n_epochs default_root_dir""".split()  # noqa: SIM905 forty names read better without quotes
 
 LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
@@ -84,6 +84,8 @@ GOOD: dict[str, list[Any]] = {
     "use_distributed_sampler": [True, False],
     "profiler": [None, "simple", "advanced", "pytorch", SimpleProfiler()],
     "detect_anomaly": [True, False],
+    "nan_policy": [None, "raise", "skip", "rollback"],
+    "oom_policy": ["raise", "halve"],
     "barebones": [False],
     "plugins": [None, [], PRECISIONS["64-true"], [PRECISIONS["64-true"]]],
     "sync_batchnorm": [False],
@@ -147,6 +149,8 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "use_distributed_sampler": ([None, *NOT_A_SWITCH], "True or False"),
     "profiler": (["simpel", 3, True, SimpleProfiler], "'simple'"),
     "detect_anomaly": ([None, *NOT_A_SWITCH], "True or False"),
+    "nan_policy": (["Skip", "ignore", True, False, 0], "None, 'raise', 'skip', 'rollback'"),
+    "oom_policy": ([None, "half", True, 2], "'raise', 'halve'"),
     "barebones": ([None, *NOT_A_SWITCH], "True or False"),
     "plugins": (["x", [3], 16, Precision], "a leyden.precision.Precision"),
     "sync_batchnorm": ([None, *NOT_A_SWITCH], "True or False"),
@@ -177,7 +181,13 @@ def test_overfitting_on_nothing_in_particular_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value", "meant"),
-    [("accelerator", "cpuu", "cpu"), ("precision", "bf16-mixd", "bf16-mixed"), ("profiler", "simpel", "simple")],
+    [
+        ("nan_policy", "rolback", "rollback"),
+        ("oom_policy", "half", "halve"),
+        ("accelerator", "cpuu", "cpu"),
+        ("precision", "bf16-mixd", "bf16-mixed"),
+        ("profiler", "simpel", "simple"),
+    ],
 )
 def test_a_misspelt_name_is_recognised(name: str, value: str, meant: str) -> None:
     with pytest.raises(ConfigurationError, match=f"Did you mean '{meant}'"):
@@ -251,6 +261,11 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"enable_model_summary": False, "callbacks": [ModelSummary()]},
         "enable_model_summary=False contradicts the ModelSummary among callbacks",
     ),
+    "anomalies and skip": (
+        {"detect_anomaly": True, "nan_policy": "skip"},
+        "detect_anomaly=True stops .* nan_policy='skip' goes on. Leave one of the two out",
+    ),
+    "anomalies and rollback": ({"detect_anomaly": True, "nan_policy": "rollback"}, "Leave one of the two out"),
     "two of one key": (
         {"callbacks": [Timer(), Timer()]},
         "Two callbacks have the state_key 'Timer'.*override state_key",
@@ -274,6 +289,8 @@ BAREBONES: dict[str, Any] = {
     "num_sanity_val_steps": 2,
     "log_every_n_steps": 10,
     "detect_anomaly": True,
+    "nan_policy": "skip",
+    "oom_policy": "halve",
     "profiler": "simple",
     "callbacks": ModelCheckpoint(),
 }
@@ -585,8 +602,9 @@ def test_num_sanity_val_steps_comes_before_training() -> None:
 
 def test_the_default_callbacks_are_those_that_are_enabled() -> None:
     trainer = leyden.Trainer(accelerator="cpu", logger=False, callbacks=Timer())
-    assert [type(callback) for callback in trainer.callbacks] == [Timer, ModelSummary, RichProgressBar, ModelCheckpoint]
-    assert [type(callback) for callback in make(callbacks=Timer()).callbacks] == [Timer]
+    kinds = [Timer, ModelSummary, RichProgressBar, Preemption, ModelCheckpoint]
+    assert [type(callback) for callback in trainer.callbacks] == kinds
+    assert [type(callback) for callback in make(callbacks=Timer()).callbacks] == [Timer, Preemption]
     own = ModelCheckpoint()
     assert make(enable_checkpointing=True, callbacks=[own, Timer()]).callbacks[-1] is own
 

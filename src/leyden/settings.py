@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from leyden.errors import ConfigurationError, reject
+from leyden.errors import ConfigurationError, did_you_mean, reject
 from leyden.optimizers import CLIP_ALGORITHMS
 from leyden.precision import Precision, resolve_precision
 
@@ -50,6 +50,8 @@ class Settings:
     inference_mode: bool = True
     use_distributed_sampler: bool = True
     detect_anomaly: bool = False
+    nan_policy: str | None = None
+    oom_policy: str = "raise"
     barebones: bool = False
     plugins: Any = None
     sync_batchnorm: bool = False
@@ -69,6 +71,7 @@ class Settings:
         self._check_durations()
         self._check_validation_schedule()
         self._check_clipping()
+        self._check_policies()
         self._apply_fast_dev_run()
         self._fill_defaults()
 
@@ -196,6 +199,18 @@ class Settings:
         if value == 0:
             self.gradient_clip_val = None
 
+    def _check_policies(self) -> None:
+        for name, allowed in (("nan_policy", (None, "raise", "skip", "rollback")), ("oom_policy", ("raise", "halve"))):
+            value = getattr(self, name)
+            if value not in allowed:
+                known = ", ".join(map(repr, allowed))
+                reject(name, value, known, did_you_mean(str(value), [each for each in allowed if each]))
+        if self.detect_anomaly and self.nan_policy in ("skip", "rollback"):
+            raise ConfigurationError(
+                f"detect_anomaly=True stops at what is not finite, and nan_policy={self.nan_policy!r} goes on. Leave one of the "
+                "two out."
+            )
+
     def _apply_fast_dev_run(self) -> None:
         batches = int(self.fast_dev_run)
         self.fast_dev_run = batches
@@ -227,6 +242,11 @@ class Settings:
             raise ConfigurationError(
                 "barebones=True is for measuring speed; detect_anomaly=True would slow every step."
             )
+        for name, off in (("nan_policy", None), ("oom_policy", "raise")):
+            if getattr(self, name) != off:
+                raise ConfigurationError(
+                    f"barebones=True is for measuring speed; {name}={getattr(self, name)!r} would slow every step."
+                )
         for name, value in (
             ("enable_checkpointing", False), ("enable_progress_bar", False), ("enable_model_summary", False),
             ("num_sanity_val_steps", 0), ("log_every_n_steps", 0),
