@@ -16,11 +16,13 @@ ROOT = Path(__file__).resolve().parents[1] / "src" / "leyden"
 # A module may import its own level and those above it in this list, never one below; the longest prefix counts.
 # The root package is no level: nothing inside imports it.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "device", "progress", "seed"),
+    ("errors", "device", "progress", "seed", "buffers"),
     (
         "precision",
         "data",
         "metrics",
+        "metrics_state",
+        "series",
         "hparams",
         "optimizers",
         "hooks",
@@ -31,13 +33,19 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "loggers",
         "profilers",
         # The file format stands alone: modules and callbacks read files with it. What a run is made of is in state.
+        "checkpoint.container",
         "checkpoint.plain",
+        "checkpoint.from_plain",
         "checkpoint.format",
+        "checkpoint.remote",
         "checkpoint.store",
+        "checkpoint.snapshot",
+        "checkpoint.writer",
         "checkpoint.retention",
     ),
     ("module", "module_hooks", "datamodule", "callbacks"),
     ("sources", "defaults", "run", "checkpoint", "explain", "compiled", "lifecycle"),
+    ("policies", "halving"),
     ("assemble",),
     ("loop",),
     ("trainer", "trainer_view"),
@@ -52,6 +60,8 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60  # from def to the last line, the docstring not counted
 
 FORBIDDEN_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal", "subprocess", "pty"}
+# `scontrol requeue` puts a preempted SLURM job back into the queue; there is no other way to ask for it.
+MAY_IMPORT = {"callbacks.preemption": {"subprocess"}}
 FORBIDDEN_BUILTINS = {"eval", "exec"}
 FORBIDDEN_CALLS = {"os.system", "os.popen", "torch.load", "torch.save", "numpy.load", "joblib.load"}
 
@@ -136,8 +146,9 @@ def qualified(node: ast.expr, aliases: dict[str, str]) -> str:
     return "?"
 
 
-def dangers(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Lines that could run code from a file, or start a process."""
+def dangers(tree: ast.Module, may_import: Iterable[str] = ()) -> Iterator[tuple[int, str]]:
+    """Lines that could run code from a file, or start a process; ``may_import`` may be imported, but within functions only."""
+    at_import = {id(node) for node in tree.body}
     aliases: dict[str, str] = {}
     for node in ast.walk(tree):
         if not isinstance(node, ast.Import | ast.ImportFrom) or (isinstance(node, ast.ImportFrom) and node.level):
@@ -146,7 +157,8 @@ def dangers(tree: ast.Module) -> Iterator[tuple[int, str]]:
         for alias in node.names:
             if base or alias.asname:
                 aliases[alias.asname or alias.name] = base + alias.name
-            if (base + alias.name).split(".")[0] in FORBIDDEN_MODULES:
+            top = (base + alias.name).split(".")[0]
+            if top in FORBIDDEN_MODULES and (top not in may_import or id(node) in at_import):
                 yield node.lineno, f"imports {base}{alias.name}"
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
@@ -224,7 +236,11 @@ def test_functions_are_short() -> None:
 
 
 def test_nothing_dangerous_is_called() -> None:
-    found = [f"leyden.{name}:{line} {what}" for name, tree in sources().items() for line, what in dangers(tree)]
+    found = [
+        f"leyden.{name}:{line} {what}"
+        for name, tree in sources().items()
+        for line, what in dangers(tree, MAY_IMPORT.get(name, ()))
+    ]
     assert not found, "\n" + "\n".join(found)
 
 
@@ -270,3 +286,9 @@ def test_the_danger_check_finds(code: str) -> None:
 @pytest.mark.parametrize("code", ["model.eval()", "import safetensors", "torch.compile(f)", "self.load(path)"])
 def test_the_danger_check_lets_pass(code: str) -> None:
     assert not list(dangers(ast.parse(code)))
+
+
+def test_what_one_file_may_import_is_imported_within_a_function() -> None:
+    assert not list(dangers(ast.parse("def f():\n    import subprocess"), {"subprocess"}))
+    assert list(dangers(ast.parse("import subprocess"), {"subprocess"}))
+    assert list(dangers(ast.parse("def f():\n    import pickle"), {"subprocess"}))

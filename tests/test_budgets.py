@@ -28,10 +28,11 @@ torch.set_num_threads(1)
 SHORT, LONG = 20, 100
 PACKAGE = str(Path(leyden.__file__).parent)
 
-# Calls per step more than the hand-written loop. Required: at most 30 and 60. Measured on 2026-11-21 with torch 2.13:
-# 9.1 bare, 15.7 with logger, bar and checkpoints. Our own budgets are tighter than what is required, so that growth shows.
-REQUIRED_BARE, BUDGET_BARE = 30.0, 12.0
-REQUIRED_FULL, BUDGET_FULL = 60.0, 24.0
+# Calls per step more than the hand-written loop over the same DataLoader. Required: at most 30 and 60. Measured on 2026-11-21
+# with torch 2.13: -6.9 bare, -3.4 with logger, bar and checkpoints, for batches of one process are loaded with fewer calls
+# than torch's iterator makes. Our own budgets are tighter than what is required, so that growth shows.
+REQUIRED_BARE, BUDGET_BARE = 30.0, -4.0
+REQUIRED_FULL, BUDGET_FULL = 60.0, 0.0
 MAX_FRAMES = 3
 
 
@@ -143,16 +144,20 @@ def by_leyden(folder: Path, logs: bool = False, **options: Any) -> Callable[[int
 
 
 def test_calls_per_step_of_a_bare_trainer(tmp_path: Path) -> None:
-    extra = calls_per_step(by_leyden(tmp_path)) - calls_per_step(by_hand)
+    by_engine = calls_per_step(by_leyden(tmp_path))
+    extra = by_engine - calls_per_step(by_hand)
     assert BUDGET_BARE <= REQUIRED_BARE
-    assert 0 < extra <= BUDGET_BARE, f"{extra:.1f} Python calls per step more than the hand-written loop"
+    assert by_engine > 10, "so few that something was not counted"
+    assert extra <= BUDGET_BARE, f"{extra:.1f} Python calls per step more than the hand-written loop"
 
 
 def test_calls_per_step_with_logging_bar_and_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    extra = calls_per_step(by_leyden(tmp_path, logs=True)) - calls_per_step(by_hand)
+    by_engine = calls_per_step(by_leyden(tmp_path, logs=True))
+    extra = by_engine - calls_per_step(by_hand)
+    assert by_engine > 10, "so few that something was not counted"
     assert "loss" in capsys.readouterr().out, "the bar wrote nothing, so it was not measured"
     assert BUDGET_FULL <= REQUIRED_FULL
-    assert 0 < extra <= BUDGET_FULL, f"{extra:.1f} Python calls per step more than the hand-written loop"
+    assert extra <= BUDGET_FULL, f"{extra:.1f} Python calls per step more than the hand-written loop"
 
 
 def test_hooks_that_nobody_overrides_cost_nothing(tmp_path: Path) -> None:

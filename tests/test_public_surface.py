@@ -19,15 +19,18 @@ SURFACE = {
     "leyden.callbacks": [
         "BasePredictionWriter",
         "Callback",
+        "EMAWeightAveraging",
         "EarlyStopping",
         "GradientAccumulationScheduler",
         "LambdaCallback",
         "LearningRateMonitor",
         "ModelCheckpoint",
         "ModelSummary",
+        "Preemption",
         "ProgressBar",
         "RichProgressBar",
         "Timer",
+        "WeightAveraging",
     ],
     "leyden.loggers": [
         "CSVLogger",

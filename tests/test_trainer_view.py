@@ -19,6 +19,7 @@ from leyden.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
     ModelCheckpoint,
+    Preemption,
     RichProgressBar,
 )
 from leyden.errors import ConfigurationError
@@ -176,6 +177,16 @@ def test_progress_counts_epochs_steps_and_batches() -> None:
     assert observer.rows("on_train_end") == observer.rows("on_fit_end") == [(2, 4, yes)]
     assert {row[:2] for row in observer.rows("on_test_batch_end") + observer.rows("on_predict_end")} == {(2, 4)}
     assert (trainer.current_epoch, trainer.global_step, trainer.skipped_batches) == (2, 4, 0)
+
+
+def test_a_training_has_a_name_from_its_beginning() -> None:
+    observer = Observer("run_id")
+    trainer = run_all(observer)
+    (name,) = {row[0] for row in observer.rows("on_train_batch_end")}
+    assert isinstance(name, str)
+    assert len(name) == 16
+    assert trainer.run_id is not None
+    assert leyden.Trainer(logger=False).run_id is None
 
 
 def test_batches_are_counted_for_each_loader() -> None:
@@ -357,7 +368,7 @@ def test_callbacks_are_found_by_their_kind() -> None:
     plain, best, last = Callback(), ModelCheckpoint(monitor="val"), ModelCheckpoint()
     stops, bar = [EarlyStopping("val"), EarlyStopping("test")], RichProgressBar()
     trainer = make(best, plain, *stops, bar, last, enable_checkpointing=True, enable_progress_bar=True)
-    assert trainer.callbacks == [plain, *stops, bar, best, last]
+    assert [each for each in trainer.callbacks if not isinstance(each, Preemption)] == [plain, *stops, bar, best, last]
     assert (trainer.checkpoint_callbacks, trainer.checkpoint_callback) == ([best, last], best)
     assert (trainer.early_stopping_callbacks, trainer.early_stopping_callback) == (stops, stops[0])
     assert trainer.progress_bar_callback is bar

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from leyden.callbacks.callback import Callback
-from leyden.data.loader import Move, Source, recording
+from leyden.data.loader import Move, Source
 from leyden.data.transfer import move_to_device
 from leyden.datamodule import LightningDataModule
 from leyden.errors import ConfigurationError, HookError, NonFiniteError, reject, warn
@@ -22,6 +22,7 @@ from leyden.hooks import Resolver, check_names, overridden, step_arity
 from leyden.metrics import Metrics
 from leyden.module import LightningModule
 from leyden.optimizers import LightningOptimizer, clip_gradients, needs_closure, normalize_optimizers
+from leyden.policies import apply_policies
 from leyden.precision import LossScaler, Precision
 from leyden.profilers.wiring import hooks_of, profile_evaluation, profile_run
 from leyden.progress import Progress
@@ -199,6 +200,7 @@ def make_run(parts: Parts, reload_loaders: Callable[[Run], None]) -> Run:
     own_zero_grad = parts.own("optimizer_zero_grad")
     if optimizer is not None and own_zero_grad is not None:
         run.zero_grad = lambda: own_zero_grad(run.progress.epoch, run.progress.batch, optimizer)
+    apply_policies(run, settings, parts.resolver.trainer, parts.resolver.callbacks)
     run.handles = _make_handles(run, found.optimizers)
     profile_run(run, parts.profiler)
     return run
@@ -224,7 +226,8 @@ def _choose_mode(parts: Parts, optimizers: Sequence[Optimizer]) -> tuple[Mode, O
 
 
 def _make_handles(run: Run, optimizers: Sequence[Optimizer]) -> list[LightningOptimizer]:
-    before_step = (*run.hooks.on_before_optimizer_step, *([run.clip] if run.clip is not None else []))
+    first = [run.guard.look] if run.guard is not None else []
+    before_step = (*first, *run.hooks.on_before_optimizer_step, *([run.clip] if run.clip is not None else []))
     return [
         LightningOptimizer(
             optimizer=each,
@@ -264,7 +267,7 @@ def _nothing() -> None:
 def _refuse_non_finite(progress: Progress, loss: Tensor) -> None:
     if not torch.isfinite(loss).all():
         raise NonFiniteError(
-            f"The loss is {loss.item()} in {_place(progress)}. Look for a division by zero, a log or root of something ≤ 0, "
+            f"The loss is {loss.item()} in {progress.where()}. Look for a division by zero, a log or root of something ≤ 0, "
             "an overflow in fp16, or a learning rate that is too high."
         )
 
@@ -285,20 +288,16 @@ def _backward_of(
         except RuntimeError as error:
             if "returned nan values" not in str(error):  # torch's anomaly detection has no exception of its own
                 raise
-            raise NonFiniteError(f"{error} That was in the backward pass of {_place(progress)}.") from error
+            raise NonFiniteError(f"{error} That was in the backward pass of {progress.where()}.") from error
         if scales_loss:
             return  # an overflow is what the loss scaler looks for, and mends
         for name, parameter in module.named_parameters():
             if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
                 raise NonFiniteError(
-                    f"The gradient of {name} is not finite after the backward pass of {_place(progress)}."
+                    f"The gradient of {name} is not finite after the backward pass of {progress.where()}."
                 )
 
     return checked
-
-
-def _place(progress: Progress) -> str:
-    return f"epoch {progress.epoch}, batch_idx {progress.batch}, after {progress.global_step} steps"
 
 
 def make_evaluation(
@@ -327,11 +326,6 @@ def make_evaluation(
         raise HookError(
             f"{type(module).__name__} has neither predict_step nor forward, so there is nothing to run. Define one."
         )
-    recorders = []
-    if record_indices:
-        for source in sources:
-            source.loader, recorder = recording(source.loader)
-            recorders.append(recorder)
     arity = step_arity(module, name, several) if overridden(module, name, LightningModule) else 1
     no_grad: Callable[[], AbstractContextManager[Any]] = (
         torch.inference_mode if parts.settings.inference_mode else torch.no_grad
@@ -352,7 +346,7 @@ def make_evaluation(
         own_eval=overridden(module, f"on_{stage}_model_eval", LightningModule),
         own_train=overridden(module, f"on_{stage}_model_train", LightningModule),
         predictions=[[] for _ in sources] if keep_predictions else None,
-        recorders=recorders,
+        records_indices=record_indices,
         epoch_batch_indices=[[] for _ in sources],
     )
     profile_evaluation(evaluation, parts.profiler)
@@ -377,6 +371,10 @@ def attach_sources(
     validation = sources.validation()
     run.validation = make(validation) if validation and any(source.total for source in validation) else None
     run.schedule = make_schedule(settings, run.source.total, run.schedule) if run.validation is not None else None
+    if run.restored is not None:
+        run.source.take_rest(run.restored.data.get("train") or {})
+        for source, rest in zip(validation, run.restored.data.get("validation", ()), strict=False):
+            source.take_rest(rest)
 
 
 def make_schedule(settings: Settings, batches: float, before: ValidationSchedule | None) -> ValidationSchedule:

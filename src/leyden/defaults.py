@@ -1,4 +1,4 @@
-"""What a Trainer adds by itself: callbacks, loggers, torch's global switches, and where checkpoints are looked for."""
+"""What a Trainer adds by itself: callbacks, loggers, torch's global switches."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from leyden.callbacks import Callback, ModelCheckpoint, ModelSummary, ProgressBar, RichProgressBar, Timer
-from leyden.errors import CheckpointError, ConfigurationError, reject
+from leyden.callbacks import (
+    Callback,
+    ModelCheckpoint,
+    ModelSummary,
+    Preemption,
+    ProgressBar,
+    RichProgressBar,
+    Timer,
+)
+from leyden.callbacks.preemption import describe
+from leyden.errors import ConfigurationError, reject
 from leyden.settings import Settings
 
 if TYPE_CHECKING:
@@ -50,6 +58,9 @@ def default_callbacks(given: Any, settings: Settings) -> list[Callback]:
             settings.reasons.append((f"callback {make.__name__}", f"added, because {name}=False was not given"))
     if settings.fast_dev_run:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+    elif not settings.barebones and not any(isinstance(callback, Preemption) for callback in callbacks):
+        callbacks.append(Preemption())
+        settings.reasons.append(("callback Preemption", f"added: {describe(callbacks[-1])}"))
     if settings.max_time is not None:
         callbacks.append(Timer(duration=settings.max_time))
     return ordered(callbacks)
@@ -106,65 +117,6 @@ def default_loggers(given: Any, settings: Settings, root: str) -> list[Logger]:
     if not isinstance(loggers, (list, tuple)) or not all(isinstance(logger, Logger) for logger in loggers):
         reject("logger", given, "True, False, a leyden.loggers.Logger, or a list of them")
     return list(loggers)
-
-
-def find_checkpoint(path: Any, callback: ModelCheckpoint | None, root: str, verb: str) -> str | None:
-    """The file that ``ckpt_path`` means.
-
-    Args:
-        path: None, "best", "last", or a path.
-        callback: the first `ModelCheckpoint`.
-        root: the Trainer's ``default_root_dir``.
-        verb: what it is for.
-
-    Returns:
-        A path; None to go on without: none was asked for, or "last" in `fit` where there is none yet.
-
-    Raises:
-        CheckpointError: if there is no such file.
-    """
-    if path is None:
-        return None
-    if path == "best":
-        if callback is None or not callback.best_model_path:
-            raise CheckpointError(
-                f"{verb}(ckpt_path='best'): no best checkpoint is known. It is known after fit with a ModelCheckpoint that has "
-                "saved; give a path otherwise."
-            )
-        return callback.best_model_path
-    if path == "last":
-        folders = [Path(root, "checkpoints"), *Path(root, "lightning_logs").glob("version_*/checkpoints")]
-        if callback is not None and callback.dirpath:
-            folders = [Path(callback.dirpath), *_earlier_versions(Path(callback.dirpath))]
-        candidates = [file for folder in folders for file in folder.glob("last*.ckpt")]
-        if callback is not None and callback.last_model_path:
-            candidates.append(Path(callback.last_model_path))
-        there = sorted((file for file in candidates if file.is_file()), key=_changed_at)
-        if there:
-            return os.fspath(there[-1])
-        where = ", ".join(dict.fromkeys(map(os.fspath, folders)))
-        if verb == "fit":
-            print(f"ckpt_path='last': there is none in {where}; training starts anew.")
-            return None
-        raise CheckpointError(
-            f"{verb}(ckpt_path='last'): there is no last*.ckpt in {where}. ModelCheckpoint(save_last=True)."
-        )
-    if not isinstance(path, (str, os.PathLike)):
-        reject("ckpt_path", path, "None, 'best', 'last', or a path")
-    if not Path(path).is_file():
-        raise CheckpointError(f"{verb}(ckpt_path={os.fspath(path)!r}): there is no such file.")
-    return os.fspath(path)
-
-
-def _earlier_versions(folder: Path) -> Iterable[Path]:
-    """Where earlier runs kept theirs, if this run keeps its checkpoints beside its logs: a new run has a new version."""
-    if folder.name != "checkpoints" or not folder.parent.name.startswith("version_"):
-        return ()
-    return sorted(folder.parent.parent.glob("version_*/checkpoints"))
-
-
-def _changed_at(file: Path) -> int:
-    return file.stat().st_mtime_ns
 
 
 @contextmanager

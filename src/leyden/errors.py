@@ -26,7 +26,7 @@ class StepError(LeydenError, RuntimeError):
 
 
 class NonFiniteError(StepError, FloatingPointError):
-    """A loss that is NaN or infinite, found by ``detect_anomaly``."""
+    """A loss or a gradient that is NaN or infinite, found by ``detect_anomaly`` or ``nan_policy``."""
 
 
 class DataError(LeydenError, ValueError):

@@ -165,6 +165,7 @@ class _Case:
             and self.mode is not Mode.MANUAL,
             "asks_now": self.validates() and not sanity,
             "automatic": self.mode is not Mode.MANUAL,
+            "guards": settings.nan_policy is not None,
             "loggers": loggers,
             "logs": loggers and bool(settings.log_every_n_steps),
             "reloads": settings.reload_dataloaders_every_n_epochs > 0,
@@ -195,6 +196,9 @@ class _Case:
             "end": ", ".join(epochs + others) or "should_stop",
             "log_every_n_steps": str(settings.log_every_n_steps),
             "move": f"move the batch to {self.trainer.device}" if self.moves() else "",
+            "nan": {"skip": "skip the step", "rollback": "go back to the newest checkpoint"}.get(
+                settings.nan_policy or "", "raise"
+            ),
             "precision": str(settings.precision.name),
             "reload": str(settings.reload_dataloaders_every_n_epochs),
             "sanity": "all" if sanity == -1 else str(sanity),

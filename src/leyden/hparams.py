@@ -7,11 +7,15 @@ import inspect
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from leyden.errors import CheckpointError, ConfigurationError, did_you_mean
+
+if TYPE_CHECKING:
+    from leyden.loggers import Logger
+    from leyden.module import LightningModule
 
 
 class AttributeDict(dict[str, Any]):
@@ -87,6 +91,15 @@ class Hyperparameters:
                 self.values[name] = value
         self.initial = AttributeDict(copy.deepcopy(dict(self.values)))
         self.to_loggers = self.to_loggers or logger
+
+
+def begin_logs(loggers: Iterable[Logger], module: LightningModule, datamodule: object) -> None:
+    """Give the loggers, at the beginning of `fit`, the hyperparameters of module and datamodule, and the graph."""
+    params = for_loggers(module, datamodule)
+    for logger in loggers:
+        if params:
+            logger.log_hyperparams(params)
+        logger.log_graph(module)
 
 
 def for_loggers(*owners: object) -> dict[str, Any]:

@@ -36,6 +36,7 @@ on_after_backward()
 """
 
 _STEP = """\
+are losses and gradients finite? If not, {nan} | ?guards | nan_policy only
 bring the gradients to their real size | ?scales | fp16 autocast only
 on_before_optimizer_step(optimizer) | the place to look at gradients
 configure_gradient_clipping(optimizer, value, algorithm) | ={clip}
@@ -65,6 +66,7 @@ training_step(batch, batch_idx), which calls:
         backward(loss) | =loss.backward(){scaled}
         on_after_backward()
     optimizer.step(): | a step for every batch in which an optimizer stepped
+        are losses and gradients finite? If not, {nan} | ?guards | nan_policy only
         on_before_optimizer_step(optimizer)
 """,
 }
@@ -103,7 +105,7 @@ _FIT = (
     + """\
 configure_optimizers() | then the checkpoint's other state is applied
 on_fit_start()
-sanity check{if_validation}: | ?sanity
+sanity check{if_validation}: | ?sanity | not if ckpt_path is given
     on_sanity_check_start()
     val_dataloader()
     validate {sanity} batches of each loader, as below | leaves no trace
@@ -163,6 +165,7 @@ _WORDS = {
     "accumulate": "accumulate_grad_batches",
     "scaled": "",
     "clip": "clip to gradient_clip_val",
+    "nan": "raise, skip or roll back",
     "device": "the device",
     "precision": "its precision",
     "sanity": "a few",

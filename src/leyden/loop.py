@@ -25,8 +25,10 @@ def train(run: Run) -> None:
     progress, hooks, metrics = run.progress, run.hooks, run.metrics
     call(hooks.on_train_start)
     while run.wants_epoch():
-        begin_epoch(run)
-        for batch, following in run.source.batches(run.move, start=progress.batch, ahead=lambda: run.accumulate):
+        position = begin_epoch(run)
+        for batch, following in run.source.batches(
+            run.move, start=progress.batch, position=position, ahead=lambda: run.accumulate
+        ):
             batch_idx = progress.batch
             run.is_last_batch = following == 0
             metrics.begin_batch(batch, batch_idx)
@@ -38,7 +40,10 @@ def train(run: Run) -> None:
                 break
 
             if run.mode is Mode.AUTOMATIC:
-                output = forward_backward(run, batch, batch_idx)
+                if run.halving is None:
+                    output = forward_backward(run, batch, batch_idx)
+                else:
+                    output = run.halving.train_on(forward_backward, batch, batch_idx)
                 if progress.micro_batch == run.window:
                     optimizer_step(run)
             elif run.mode is Mode.CLOSURE:
@@ -59,6 +64,7 @@ def train(run: Run) -> None:
                 if run.stop_reached():
                     break
         end_epoch(run)
+    run.take_up_restored()  # where nothing was left to train
     metrics.leave()
     call(hooks.on_train_end)
     run.serve_requests()
@@ -83,6 +89,8 @@ def forward_backward(run: Run, batch: Any, batch_idx: int) -> Any:
         return None
     if run.window > 1:
         loss = loss / run.window
+    if run.share < 1.0:
+        loss = loss * run.share
     for hook in hooks.on_before_backward:
         hook(loss)
     run.backward(loss if run.scaler is None else run.scaler.scale(loss))
@@ -99,6 +107,8 @@ def optimizer_step(run: Run) -> None:
     trained, skipped = run.window - progress.skipped_in_window, progress.skipped_in_window
     progress.micro_batch = progress.skipped_in_window = 0
     if trained == 0:
+        return
+    if run.guard is not None and run.guard.drops(optimizer, trained):
         return
     if scaler is not None:
         scaler.unscale(optimizer)
@@ -200,17 +210,23 @@ def step_boundary(run: Run) -> None:
         run.serve_requests()
 
 
-def begin_epoch(run: Run) -> None:
-    """Open an epoch: fresh loaders if they are to be reloaded, a new order, its hooks."""
+def begin_epoch(run: Run) -> dict[str, Any] | None:
+    """Open an epoch: fresh loaders if they are to be reloaded, a new order, its hooks.
+
+    Returns:
+        Where to go on reading, if a checkpoint was written in the middle of this epoch.
+    """
     run.is_last_batch, run.window = False, 0
+    position = None if run.restored is None else run.restored.data.get("position")
     if run.progress.batch == 0:
-        run.take_up_random_state()
+        run.take_up_restored()
     run.reload_loaders(run)
     set_epoch(run.source.loader, run.progress.epoch)
     run.metrics.enter_epoch_hooks()
     call(run.hooks.on_train_epoch_start)
-    run.take_up_random_state()  # in the middle of an epoch, what its first hooks drew came before the checkpoint
+    run.take_up_restored()  # in the middle of an epoch, what its first hooks drew and logged came before the checkpoint
     run.metrics.enter_batches()
+    return position
 
 
 def end_epoch(run: Run) -> None:
@@ -327,10 +343,9 @@ def evaluation_modes(run: Evaluation) -> Iterator[None]:
 
 def note_indices(run: Evaluation, dataloader_idx: int) -> None:
     """Keep the sample indices of the present batch, for prediction writers."""
-    if not run.recorders:
+    if not run.records_indices:
         return
-    recorder = run.recorders[dataloader_idx]
-    run.batch_indices = recorder.indices.popleft() if recorder is not None and recorder.indices else None
+    run.batch_indices = run.sources[dataloader_idx].indices()
     run.epoch_batch_indices[dataloader_idx].append(run.batch_indices or [])
 
 

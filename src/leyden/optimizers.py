@@ -348,6 +348,19 @@ class LightningOptimizer:
         self._apply()
         return True
 
+    def window_state(self) -> dict[str, Any] | None:
+        """The gradients of a window that `minimize` has begun and not ended, for a checkpoint; None between two."""
+        if self._accumulated == 0:
+            return None
+        gradients = [parameter.grad for parameter in parameters_of(self.optimizer)]
+        return {"accumulated": self._accumulated, "gradients": gradients}
+
+    def load_window_state(self, state: dict[str, Any]) -> None:
+        """Go on with the window that `window_state` returned."""
+        self._accumulated = int(state["accumulated"])
+        for parameter, gradient in zip(parameters_of(self.optimizer), state["gradients"], strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.optimizer, name)
 

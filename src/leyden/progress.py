@@ -25,9 +25,17 @@ class Progress:
     total_batches: int = 0
     """Training batches, cumulative over epochs."""
     skipped_batches: int = 0
-    """Training batches whose step returned None, cumulative."""
+    """Training batches whose step returned None, or which ``nan_policy`` left out, cumulative."""
     skipped_in_window: int = 0
     """Batches of the present window whose step returned None."""
+    dropped_in_a_row: int = 0
+    """Windows that ``nan_policy`` left out since the last step."""
+    rolled_back_to: int = -1
+    """Step of the checkpoint that ``nan_policy="rollback"`` went back to last; -1 if it never did."""
+    rollbacks: int = 0
+    """How often it went back to that one."""
+    parts_per_batch: int = 1
+    """In how many parts ``oom_policy="halve"`` trains on a batch."""
     epoch_ended: bool = False
     """True from the moment the epoch's last hook has run until the next epoch begins."""
 
@@ -37,6 +45,10 @@ class Progress:
             self.epoch += 1
             self.epoch_ended = False
             self.batch = self.micro_batch = self.skipped_in_window = 0
+
+    def where(self, batch_idx: int | None = None) -> str:
+        """The present batch, or another one of the epoch, in words for messages."""
+        return f"epoch {self.epoch}, batch_idx {self.batch if batch_idx is None else batch_idx}, after {self.global_step} steps"
 
     def state_dict(self) -> dict[str, Any]:
         """Return all counters as plain integers."""

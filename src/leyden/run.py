@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -15,18 +16,21 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from leyden.data.loader import Move, RecordingBatchSampler, Source
+from leyden.data.loader import Move, Source
 from leyden.errors import ConfigurationError, StepError
 from leyden.hooks import EvaluationHooks, Hook, HookTable
 from leyden.metrics import Metrics, Value, missing_metric, to_floats
+from leyden.metrics_state import restore_metrics
 from leyden.optimizers import LightningOptimizer, SchedulerConfig
 from leyden.precision import LossScaler
 from leyden.progress import Progress
 from leyden.seed import restore_random_state
 
 if TYPE_CHECKING:
+    from leyden.halving import Halving
     from leyden.loggers import Logger
     from leyden.module import LightningModule
+    from leyden.policies import FiniteGuard
 
 
 class Mode(enum.Enum):
@@ -89,7 +93,7 @@ class Evaluation:
         own_eval: whether the user sets eval mode; else it is set here.
         own_train: whether the user sets train mode back; else every submodule's own is restored.
         predictions: where `predict` keeps what steps return, one list per loader; None if nothing is kept.
-        recorders: where sample indices of batches are kept for prediction writers.
+        records_indices: whether sample indices are kept, for prediction writers.
         batch_indices: sample indices of the present batch.
     """
 
@@ -108,7 +112,7 @@ class Evaluation:
     own_eval: bool
     own_train: bool
     predictions: list[list[Any]] | None = None
-    recorders: Sequence[RecordingBatchSampler | None] = ()
+    records_indices: bool = False
     batch_indices: list[int] | None = None
     epoch_batch_indices: list[list[list[int]]] = field(default_factory=list)
 
@@ -155,6 +159,21 @@ class ValidationSchedule:
 
 
 @dataclass
+class Restored:
+    """What of a checkpoint must be put in place last, when set-up and the epoch's first hooks have run.
+
+    Attributes:
+        random_state: from `leyden.seed.capture_random_state`.
+        metrics: training's unfinished series and the published values; None if the file has none.
+        data: where the loaders stood: ``position`` in the middle of an epoch, ``train`` between two, ``validation``.
+    """
+
+    random_state: dict[str, Any]
+    metrics: dict[str, Any] | None
+    data: dict[str, Any]
+
+
+@dataclass
 class Run:
     """One `fit`: everything the loop needs, resolved.
 
@@ -172,7 +191,11 @@ class Run:
         wants_outputs: whether somebody listens to what a training batch gave.
         accumulate: batches per step.
         window: batches in the present window: ``accumulate``, or fewer at an epoch's end.
-        random_state: that of the checkpoint that the run goes on from, until training begins.
+        share: of its batch's samples that is in what is trained on now: below 1 if ``oom_policy`` has split the batch.
+        guard: does what ``nan_policy`` says, or None.
+        halving: does what ``oom_policy`` says, or None.
+        restored: what of the checkpoint that the run goes on from waits until training begins.
+        run_id: a name of this training; a run that goes on from a checkpoint takes its name over.
     """
 
     module: LightningModule
@@ -210,6 +233,9 @@ class Run:
     validation: Evaluation | None = None
     schedule: ValidationSchedule | None = None
     window: int = 1
+    share: float = 1.0
+    guard: FiniteGuard | None = None
+    halving: Halving | None = None
     held: list[tuple[Any, int]] = field(default_factory=list)
     loss: Tensor | None = None
     stepped: bool = False
@@ -217,7 +243,8 @@ class Run:
     is_last_batch: bool = False
     should_stop: bool = False
     requests: list[Callable[[], None]] = field(default_factory=list)
-    random_state: dict[str, Any] | None = None
+    restored: Restored | None = None
+    run_id: str = field(default_factory=lambda: secrets.token_hex(8))
     epoch_schedulers: list[SchedulerConfig] = field(init=False)
     step_schedulers: list[SchedulerConfig] = field(init=False)
 
@@ -247,11 +274,13 @@ class Run:
         while self.requests:
             self.requests.pop(0)()
 
-    def take_up_random_state(self) -> None:
-        """Go on drawing random numbers where the checkpoint stands, whatever set-up and hooks have drawn meanwhile."""
-        if self.random_state is not None:
-            restore_random_state(self.random_state, self.device)
-            self.random_state = None
+    def take_up_restored(self) -> None:
+        """Go on with the random numbers and metrics of the checkpoint, whatever set-up and hooks have done meanwhile."""
+        if self.restored is not None:
+            if self.restored.metrics is not None:
+                restore_metrics(self.metrics, self.module, self.restored.metrics, self.device)
+            restore_random_state(self.restored.random_state, self.device)
+            self.restored = None
 
     # Optimization
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from leyden.data.combined import CombinedLoader
-from leyden.data.loader import Source, make_source, shut_down_workers, without_shuffle
+from leyden.data.loader import Source, make_source, without_shuffle
 from leyden.datamodule import LightningDataModule
 from leyden.errors import DataError, warn
 from leyden.hooks import overridden
@@ -110,7 +110,7 @@ class Sources:
     def shut_down(self) -> None:
         """End the processes of persistent workers."""
         for source in self._made:
-            shut_down_workers(source.loader)
+            source.shut_down()
         self._made.clear()
 
     def estimated_steps(self, accumulate: Callable[[int], int]) -> float:

@@ -12,22 +12,17 @@ from typing import TYPE_CHECKING, Any
 from leyden import assemble, loop
 from leyden.callbacks import BasePredictionWriter, Callback
 from leyden.checkpoint import state
-from leyden.checkpoint.format import load_checkpoint
-from leyden.checkpoint.store import write_checkpoint
+from leyden.checkpoint.find import find_and_load
+from leyden.checkpoint.writer import Writer
 from leyden.datamodule import LightningDataModule
-from leyden.defaults import (
-    default_callbacks,
-    default_loggers,
-    find_checkpoint,
-    global_switches,
-    is_interactive,
-    with_modules_own,
-)
+from leyden.defaults import default_callbacks, default_loggers, global_switches, is_interactive, with_modules_own
 from leyden.device import resolve_device
 from leyden.errors import ConfigurationError, LeydenError, call_each
-from leyden.hparams import for_loggers
+from leyden.hparams import begin_logs
+from leyden.loggers.logger import resume_loggers
 from leyden.metrics import Metrics
 from leyden.module import LightningModule
+from leyden.policies import advise
 from leyden.precision import default_dtype
 from leyden.profilers import resolve_profiler
 from leyden.profilers.wiring import batches_of, finish, measures
@@ -85,6 +80,9 @@ class Trainer(TrainerView):
         inference_mode: evaluate under `torch.inference_mode` (default) rather than `torch.no_grad`.
         profiler: None, "simple", "advanced", "pytorch", or a `leyden.profilers.Profiler`.
         detect_anomaly: stop at the first loss or gradient that is not finite, naming the operation. Slow.
+        nan_policy: look at losses and gradients once per step, which waits for the device: "raise", "skip" the step, or
+            "rollback" to the newest checkpoint and go on with the next batches. See `leyden.policies.FiniteGuard`.
+        oom_policy: "raise", or "halve": train on batches that do not fit in parts. See `leyden.halving.Halving`.
         barebones: turn off everything that is not training, to measure it.
         plugins: a `leyden.precision.Precision` of your own.
         sync_batchnorm: for several processes.
@@ -133,6 +131,8 @@ class Trainer(TrainerView):
         use_distributed_sampler: bool = True,
         profiler: Any = None,
         detect_anomaly: bool = False,
+        nan_policy: str | None = None,
+        oom_policy: str = "raise",
         barebones: bool = False,
         plugins: Any = None,
         sync_batchnorm: bool = False,
@@ -150,6 +150,7 @@ class Trainer(TrainerView):
         self._status = Status()
         self._outlet: Outlet = assemble.new_outlet(self.loggers)
         self._module = self._datamodule = self._sources = self._run = self._evaluation = None
+        self._writer = Writer()
         self.interrupted = False
 
     # The four verbs
@@ -191,6 +192,7 @@ class Trainer(TrainerView):
             run.metrics.leave()
             loop.call(run.hooks.on_fit_end)
             run.serve_requests()
+            self._writer.wait()
 
     def validate(
         self,
@@ -273,12 +275,20 @@ class Trainer(TrainerView):
         else:
             action()
 
-    def save_checkpoint(self, filepath: str | os.PathLike[str], weights_only: bool = False) -> None:
+    def save_checkpoint(
+        self,
+        filepath: str | os.PathLike[str],
+        weights_only: bool = False,
+        wait: bool = True,
+        then: Sequence[Callable[[], object]] = (),
+    ) -> None:
         """Write the state of the run, atomically; folders are made.
 
         Args:
             filepath: where.
             weights_only: leave out optimizers, counters and everything else that only training needs.
+            wait: return when the file is on the disk; else as soon as the state is copied, to be written in the background.
+            then: called in order once the file is there, by the thread that wrote it.
 
         Raises:
             CheckpointError: naming the key of what cannot be stored.
@@ -288,26 +298,16 @@ class Trainer(TrainerView):
             raise LeydenError("save_checkpoint: this Trainer has not run a module yet.")
         with self.profiler.profile("save_checkpoint"):
             captured = state.capture(self, module, self._datamodule, self._active_callbacks, self._run, weights_only)
-            if self.is_global_zero:
-                write_checkpoint(filepath, captured)
+            if self.is_global_zero and wait:
+                self._writer.write(filepath, captured, then)
+            elif self.is_global_zero:
+                self._writer.submit(filepath, captured, then, self._raise_at_boundary)
         self.strategy.barrier("save_checkpoint")
 
-    def explain(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> str:
-        """Print the lifecycle of `fit` with your own hooks in their places, and what was chosen for you and why.
-
-        Args:
-            model: whose hooks.
-            datamodule: whose hooks as well.
-
-        Returns:
-            What was printed.
-        """
-        from leyden.explain import explain
-
-        assemble.check_fit(assemble.check_module(model))
-        text = explain(self, model, datamodule)
-        print(text)
-        return text
+    def _raise_at_boundary(self) -> None:
+        """Called by the thread in which a write has failed: let the loop raise it."""
+        if self._run is not None:
+            self._run.requests.append(self._writer.check)
 
     # How a verb is set up and taken down
 
@@ -351,6 +351,8 @@ class Trainer(TrainerView):
                 raise  # a context manager cannot leave out its body
         except BaseException as exception:
             first = exception
+            if isinstance(exception, SystemExit):  # somebody's wish, such as a scheduler's, and not a failure
+                outcome, self.interrupted = "interrupted", True
             self._on_exception(exception)
             raise
         finally:
@@ -384,13 +386,14 @@ class Trainer(TrainerView):
 
     def _on_exception(self, exception: BaseException) -> None:
         module, datamodule = self.lightning_module, self._datamodule
+        advise(exception, self._run, self._settings)
         parts = [partial(callback.on_exception, self, module, exception) for callback in self._active_callbacks]
         parts += [partial(datamodule.on_exception, exception)] if datamodule is not None else []
         call_each(parts, exception)
 
     def _tear_down(self, verb: str, outcome: str, first: BaseException | None) -> None:
         module, datamodule = self.lightning_module, self._datamodule
-        parts: list[Callable[[], object]] = [partial(finish, self.profiler, verb)]
+        parts: list[Callable[[], object]] = [self._writer.release, partial(finish, self.profiler, verb)]
         parts += [partial(logger.finalize, outcome) for logger in self.loggers]
         parts += [self._sources.shut_down] if self._sources is not None else []
         parts += [partial(datamodule.teardown, verb)] if datamodule is not None else []
@@ -407,32 +410,25 @@ class Trainer(TrainerView):
             print(note)
 
     def _make_run(self, module: LightningModule, resolver: Resolver, ckpt_path: Any) -> Run:
-        path = find_checkpoint(ckpt_path, self.checkpoint_callback, self._default_root_dir, "fit")
-        checkpoint = load_checkpoint(path) if path is not None else None
-        if checkpoint is None or path is None:
+        found = find_and_load(ckpt_path, self.checkpoint_callbacks, self._default_root_dir, "fit")
+        if found is None:
             for callback in self._active_callbacks:
                 callback.start_anew()
         else:
-            state.apply_weights(self, module, self._active_callbacks, checkpoint, path)
+            state.apply_weights(self, module, self._active_callbacks, *found)
         run = assemble.make_run(self._parts(resolver), lambda run: self._reload(run, resolver))
         self._run = module.__dict__["_run"] = run
-        self._log_hyperparameters(module)
-        if checkpoint is not None and path is not None:
-            state.apply_training(self._active_callbacks, self._datamodule, run, checkpoint, path)
+        if found is not None:
+            state.apply_training(self._active_callbacks, self._datamodule, run, *found)
+            resume_loggers(self.loggers, found[0].get("loggers", ()), run.progress.global_step)
+        begin_logs(self.loggers, module, self._datamodule)
         return run
-
-    def _log_hyperparameters(self, module: LightningModule) -> None:
-        params = for_loggers(module, self._datamodule)
-        for logger in self.loggers:
-            if params:
-                logger.log_hyperparams(params)
-            logger.log_graph(module)
 
     def _sanity_check(self, run: Run, resolver: Resolver) -> None:
         assert self._sources is not None
         steps = self._settings.num_sanity_val_steps
-        if not steps or not self._sources.validates():
-            return
+        if not steps or run.restored is not None or not self._sources.validates():
+            return  # a run that goes on has been checked, and validates nothing again
         # Metrics of its own, so that no value of it is seen later.
         kept, module = self._outlet, run.module
         self._outlet = Outlet([], Metrics(), kept.progress)
@@ -483,9 +479,9 @@ class Trainer(TrainerView):
                 ckpt_path = "best"
                 print(f"{verb}() without a model: its best checkpoint is taken, {callback.best_model_path}.")
         with self._running(verb, assemble.check_module(model), datamodule, {kind: dataloaders}) as resolver:
-            path = find_checkpoint(ckpt_path, self.checkpoint_callback, self._default_root_dir, verb)
-            if path is not None:
-                state.apply_weights(self, model, self._active_callbacks, load_checkpoint(path), path)
+            found = find_and_load(ckpt_path, self.checkpoint_callbacks, self._default_root_dir, verb)
+            if found is not None:
+                state.apply_weights(self, model, self._active_callbacks, *found)
             assert self._sources is not None
             writes = any(isinstance(callback, BasePredictionWriter) for callback in self._active_callbacks)
             self._evaluation = self._make_evaluation(

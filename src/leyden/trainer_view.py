@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from leyden.settings import Settings
     from leyden.sources import Sources
     from leyden.strategy import Strategy
+    from leyden.trainer import Trainer
 
 Counts = list[int | float]
 
@@ -61,13 +62,18 @@ class TrainerView(ABC):
         return self._outlet.progress.global_step
 
     @property
+    def run_id(self) -> str | None:
+        """A name of this training, the same after a resume; None before the first `fit`."""
+        return None if self._run is None else self._run.run_id
+
+    @property
     def is_last_batch(self) -> bool:
         """Whether the present training batch is the last of its epoch."""
         return self._run is not None and self._run.is_last_batch
 
     @property
     def skipped_batches(self) -> int:
-        """Training batches whose `training_step` returned None."""
+        """Training batches whose `training_step` returned None, or which ``nan_policy`` left out."""
         return self._outlet.progress.skipped_batches
 
     @property
@@ -200,6 +206,24 @@ class TrainerView(ABC):
             if logger.log_dir is not None:
                 return os.fspath(Path(logger.log_dir))
         return None if self.fast_dev_run else self._default_root_dir
+
+    def explain(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> str:
+        """Print the lifecycle of `fit` with your own hooks in their places, and what was chosen for you and why.
+
+        Args:
+            model: whose hooks.
+            datamodule: whose hooks as well.
+
+        Returns:
+            What was printed.
+        """
+        from leyden import assemble
+        from leyden.explain import explain
+
+        assemble.check_fit(assemble.check_module(model))
+        text = explain(cast("Trainer", self), model, datamodule)
+        print(text)
+        return text
 
     # Parts
 

@@ -204,6 +204,19 @@ class TestPlace:
         end_epoch(resumed, trainer)  # the metric is still there
         assert resumed.wait_count == 0
 
+    def test_a_resumed_run_knows_that_it_has_validated(self) -> None:
+        first, trainer = EarlyStopping("val_los"), fake_trainer()
+        first.on_train_start(trainer, None)  # type: ignore[arg-type]
+        validate(first, trainer, val_loss=1.0)
+        resumed = EarlyStopping("val_los")
+        resumed.load_state_dict(first.state_dict())
+        resumed.on_train_start(trainer, None)  # type: ignore[arg-type]
+        with pytest.raises(MetricError, match="Did you mean 'val_loss'"):
+            end_epoch(resumed, trainer)
+        fresh = EarlyStopping("val_los")
+        fresh.on_train_start(trainer, None)  # type: ignore[arg-type]
+        end_epoch(fresh, trainer)  # its first validation may be to come
+
     def test_one_value_shown_as_two_tensors_is_no_new_value(self) -> None:
         class Fresh(dict):
             def get(self, key: str, default: Any = None) -> Any:
@@ -252,7 +265,7 @@ def test_state_round_trip() -> None:
     stopper = EarlyStopping("loss", patience=2)
     run(stopper, [3.0, 2.0, 2.0])
     state = stopper.state_dict()
-    assert all(isinstance(value, int | str | torch.Tensor | None) for value in state.values())
+    assert all(isinstance(value, int | str | dict | torch.Tensor | None) for value in state.values())
     resumed = EarlyStopping("loss", patience=5)
     resumed.load_state_dict(state)
     assert (resumed.wait_count, resumed.patience, resumed.best_score) == (1, 5, 2.0)

@@ -433,7 +433,7 @@ def test_checkpoint_callbacks_come_last(tmp_path: Path) -> None:
         pass
 
     trainer = make_trainer(tmp_path, ModelCheckpoint(tmp_path), Noting(), enable_checkpointing=True)
-    assert [type(callback).__name__ for callback in trainer.callbacks] == ["Noting", "ModelCheckpoint"]
+    assert [type(callback).__name__ for callback in trainer.callbacks] == ["Noting", "Preemption", "ModelCheckpoint"]
 
 
 # configure_callbacks

@@ -268,7 +268,8 @@ def test_indices_that_cannot_be_known_are_none(tmp_path: Path) -> None:
             return iter(dataset(3))
 
     class OwnLoader(DataLoader[Any]):
-        pass
+        def __iter__(self) -> Any:
+            return super().__iter__()
 
     for loader in (DataLoader(Stream(), batch_size=2), [dataset(2), dataset(1)], OwnLoader(dataset(3), batch_size=2)):
         writer = Writer("batch_and_epoch")

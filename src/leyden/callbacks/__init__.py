@@ -14,35 +14,43 @@ if TYPE_CHECKING:
     from leyden.callbacks.model_checkpoint import ModelCheckpoint
     from leyden.callbacks.model_summary import ModelSummary
     from leyden.callbacks.prediction_writer import BasePredictionWriter
+    from leyden.callbacks.preemption import Preemption
     from leyden.callbacks.progress_bar import ProgressBar, RichProgressBar
     from leyden.callbacks.timer import Timer
+    from leyden.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
 
 __all__ = [
     "BasePredictionWriter",
     "Callback",
+    "EMAWeightAveraging",
     "EarlyStopping",
     "GradientAccumulationScheduler",
     "LambdaCallback",
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ModelSummary",
+    "Preemption",
     "ProgressBar",
     "RichProgressBar",
     "Timer",
+    "WeightAveraging",
 ]
 
 _MODULES = {
     "BasePredictionWriter": "prediction_writer",
     "Callback": "callback",
+    "EMAWeightAveraging": "weight_averaging",
     "EarlyStopping": "early_stopping",
     "GradientAccumulationScheduler": "gradient_accumulation",
     "LambdaCallback": "lambda_callback",
     "LearningRateMonitor": "learning_rate_monitor",
     "ModelCheckpoint": "model_checkpoint",
     "ModelSummary": "model_summary",
+    "Preemption": "preemption",
     "ProgressBar": "progress_bar",
     "RichProgressBar": "progress_bar",
     "Timer": "timer",
+    "WeightAveraging": "weight_averaging",
 }
 
 

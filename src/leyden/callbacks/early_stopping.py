@@ -105,6 +105,8 @@ class EarlyStopping(Callback):
         self.stopping_reason_message: str | None = None
         self._value_before: Tensor | None = None
         self._validated = False  # a validation ended in this fit
+        self._limits_before: dict[str, Any] = {}  # those of a run that goes on here
+        self._validated_before = False  # likewise before the checkpoint that it goes on from
         self._source: str | None = None  # "validation" or "training", once that was seen
 
     @property
@@ -120,26 +122,33 @@ class EarlyStopping(Callback):
             "best_score": self.best_score.clone(),
             "stopping_reason": self.stopping_reason,
             "stopping_reason_message": self.stopping_reason_message,
+            "limits": self._limits(),
             "source": self._source,
+            "validated": self._validated,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the counters back. ``patience`` stays as given to this object, so a resumed run may be given more."""
+        """Take the counters back. Arguments stay as given to this object, so a resumed run may be given more patience."""
         self.wait_count = int(state_dict["wait_count"])
         self.stopped_epoch = int(state_dict["stopped_epoch"])
         self.best_score = torch.as_tensor(state_dict["best_score"]).detach().cpu().clone()
         reason = state_dict.get("stopping_reason")
         self.stopping_reason = reason if isinstance(reason, str) else None
         self.stopping_reason_message = state_dict.get("stopping_reason_message")
+        self._limits_before = state_dict.get("limits", {})
         self._source = state_dict.get("source")
+        self._validated_before = bool(state_dict.get("validated", False))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note whether this verb trains; the other verbs' metrics are not checked."""
         self._counts = stage == "fit"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn when the place asked for will never come."""
-        self._validated = False
+        """Withdraw a stop that was asked for before a restart, if the new limits allow more; warn of a place never come to."""
+        self._validated, self._validated_before = self._validated_before, False
+        if self.stopping_reason is not None and self._limits_before and not self._still_holds(self.stopping_reason):
+            trainer.should_stop = False
+            self.stopping_reason = self.stopping_reason_message = None
         if self.check_on_train_epoch_end is False and not _has_validation(trainer):
             warn(
                 "early-stopping-idle",
@@ -210,6 +219,16 @@ class EarlyStopping(Callback):
                 self._improve(trainer, score, best)
         if reason is not None:
             self._stop(trainer, reason, message)
+
+    def _limits(self) -> dict[str, Any]:
+        names = ("patience", "check_finite", "stopping_threshold", "divergence_threshold")
+        return {name: getattr(self, name) for name in names}
+
+    def _still_holds(self, reason: str) -> bool:
+        if reason == "patience_exhausted":
+            return self.wait_count >= self.patience
+        name = "check_finite" if reason == "non_finite_metric" else reason
+        return bool(self._limits_before.get(name) == getattr(self, name))
 
     def _better(self, first: float, second: float) -> bool:
         return self._sign * first > self._sign * second  # False when either is NaN

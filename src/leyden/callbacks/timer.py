@@ -62,6 +62,7 @@ class Timer(Callback):
         self._end: dict[Stage, float] = {}
         self._before: dict[Stage, float] = dict.fromkeys(_STAGES, 0.0)
         self._restored = False
+        self._was_over = False
 
     def start_time(self, stage: Stage = "train") -> float | None:
         """When ``stage`` last began, in seconds of the clock; None if it has not."""
@@ -81,8 +82,8 @@ class Timer(Callback):
         return None if self.duration_s is None else max(0.0, self.duration_s - self.time_elapsed(stage))
 
     def state_dict(self) -> dict[str, Any]:
-        """Seconds spent in each stage."""
-        return {"time_elapsed": {stage: self.time_elapsed(stage) for stage in _STAGES}}
+        """Seconds spent in each stage, and whether the time for training is over."""
+        return {"time_elapsed": {stage: self.time_elapsed(stage) for stage in _STAGES}, "over": self._over()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Count on from the seconds in ``state_dict``."""
@@ -90,6 +91,7 @@ class Timer(Callback):
         for stage in _STAGES:
             self._before[stage] = float(stored.get(stage, 0.0))
         self._restored = True
+        self._was_over = bool(state_dict.get("over", False))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Start the stages of this verb at zero, unless a checkpoint's state was just applied."""
@@ -114,8 +116,11 @@ class Timer(Callback):
         self._stop("sanity_check")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of ``train``; a resumed run may have no time left."""
+        """Start the clock of ``train``; a resumed run may have no time left, or have been given more."""
         self._begin("train")
+        if self._was_over and not self._over():
+            trainer.should_stop = False
+        self._was_over = False
         self._check(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -173,8 +178,11 @@ class Timer(Callback):
             return 0.0
         return self._clock() - self._start[stage]
 
+    def _over(self) -> bool:
+        return self.duration_s is not None and self.time_elapsed("train") >= self.duration_s
+
     def _check(self, trainer: Trainer) -> None:
-        if self.duration_s is None or trainer.should_stop or self.time_elapsed("train") < self.duration_s:
+        if trainer.should_stop or self.duration_s is None or not self._over():
             return
         trainer.should_stop = True
         if self.verbose:

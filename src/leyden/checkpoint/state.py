@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from leyden.errors import CheckpointError, warn
+from leyden.loggers.logger import capture_loggers
+from leyden.metrics_state import capture_metrics, restore_metrics
+from leyden.run import Restored
 from leyden.seed import capture_random_state
 
 if TYPE_CHECKING:
@@ -38,6 +41,7 @@ def capture(
     checkpoint: dict[str, Any] = {
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
+        "run_id": None if run is None else run.run_id,
         "state_dict": module.state_dict(),
         "hyper_parameters": dict(saved.values),
         "hparams_name": saved.name,
@@ -47,13 +51,20 @@ def capture(
         checkpoint["datamodule_hyper_parameters"] = dict(datamodule.hparams)
     if not weights_only and run is not None:
         checkpoint["optimizer_states"] = [handle.optimizer.state_dict() for handle in run.handles]
+        checkpoint["optimizer_windows"] = [handle.window_state() for handle in run.handles]
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in run.schedulers]
         checkpoint["scaler"] = run.scaler.scaler.state_dict() if run.scaler is not None else None
         checkpoint["progress"] = run.progress.state_dict()
+        checkpoint["should_stop"] = run.should_stop
+        # what a resumed run has not taken up yet is still as it was
+        waiting = run.restored
+        checkpoint["metrics"] = waiting.metrics if waiting else capture_metrics(run.metrics, module, run.device)
+        checkpoint["loggers"] = capture_loggers(trainer.loggers)
+        checkpoint["loader_states"] = waiting.data if waiting else _data_state(run)
         checkpoint["callbacks"] = {
             callback.state_key: state for callback in callbacks if (state := callback.state_dict())
         }
-        checkpoint["random_state"] = capture_random_state(run.device)
+        checkpoint["random_state"] = waiting.random_state if waiting else capture_random_state(run.device)
         if datamodule is not None and (state := datamodule.state_dict()):
             checkpoint[type(datamodule).__qualname__] = state
     for callback in callbacks:
@@ -83,6 +94,28 @@ def apply_weights(
         raise CheckpointError(f"{path} does not fit {type(module).__name__}: {error}") from error
 
 
+def apply_optimizers(run: Run, checkpoint: dict[str, Any], path: str) -> None:
+    """Give the run the optimizers, schedulers and loss scaler of a checkpoint.
+
+    Raises:
+        CheckpointError: if the checkpoint has other ones.
+    """
+    for key, here in (("optimizer_states", run.handles), ("lr_schedulers", run.schedulers)):
+        if len(checkpoint[key]) != len(here):
+            raise CheckpointError(
+                f"{path} has {len(checkpoint[key])} {key.replace('_', ' ')}, but configure_optimizers made {len(here)}."
+            )
+    for handle, state in zip(run.handles, checkpoint["optimizer_states"], strict=True):
+        try:
+            handle.optimizer.load_state_dict(state)
+        except ValueError as error:
+            raise CheckpointError(f"{path} does not fit {type(handle.optimizer).__name__}: {error}") from error
+    for config, state in zip(run.schedulers, checkpoint["lr_schedulers"], strict=True):
+        config.scheduler.load_state_dict(state)
+    if run.scaler is not None and checkpoint.get("scaler"):
+        run.scaler.scaler.load_state_dict(checkpoint["scaler"])
+
+
 def apply_training(
     callbacks: Sequence[Callback],
     datamodule: LightningDataModule | None,
@@ -100,22 +133,17 @@ def apply_training(
             f"{path} holds weights only, so training cannot go on from it. To start anew from its weights: "
             "model.load_state_dict(leyden.load_checkpoint(path)['state_dict']), then fit without ckpt_path."
         )
-    for key, here in (("optimizer_states", run.handles), ("lr_schedulers", run.schedulers)):
-        if len(checkpoint[key]) != len(here):
-            raise CheckpointError(
-                f"{path} has {len(checkpoint[key])} {key.replace('_', ' ')}, but configure_optimizers made {len(here)}."
-            )
-    for handle, state in zip(run.handles, checkpoint["optimizer_states"], strict=True):
-        try:
-            handle.optimizer.load_state_dict(state)
-        except ValueError as error:
-            raise CheckpointError(f"{path} does not fit {type(handle.optimizer).__name__}: {error}") from error
-    for config, state in zip(run.schedulers, checkpoint["lr_schedulers"], strict=True):
-        config.scheduler.load_state_dict(state)
-    if run.scaler is not None and checkpoint.get("scaler"):
-        run.scaler.scaler.load_state_dict(checkpoint["scaler"])
+    apply_optimizers(run, checkpoint, path)
+    for handle, window in zip(run.handles, checkpoint.get("optimizer_windows", ()), strict=False):
+        if window is not None:
+            handle.load_window_state(window)
+    run.run_id = checkpoint.get("run_id") or run.run_id
     run.progress.load_state_dict(checkpoint["progress"])
     run.progress.start_epoch()
+    run.should_stop = bool(checkpoint.get("should_stop"))
+    metrics = checkpoint.get("metrics")
+    if metrics is not None:
+        restore_metrics(run.metrics, run.module, metrics, run.device)  # for hooks to see, before training begins
     states = dict(checkpoint.get("callbacks", {}))
     for callback in callbacks:
         if callback.state_key in states:
@@ -129,4 +157,17 @@ def apply_training(
     print(f"Going on from {path}: epoch {run.progress.epoch}, step {run.progress.global_step}.")
     if 0 <= run.max_epochs <= run.progress.epoch:
         print(f"max_epochs={run.max_epochs} is reached already, so nothing is left to train. Raise it to go on.")
-    run.random_state = checkpoint.get("random_state")  # restored last: set-up and hooks may still draw
+    elif run.should_stop and run.stop_reached():
+        print("Training had been asked to stop there, so nothing is left to train.")
+    run.restored = Restored(checkpoint["random_state"], metrics, checkpoint.get("loader_states") or {})
+
+
+def _data_state(run: Run) -> dict[str, Any]:
+    """Where the training loader stands within its epoch, and what all loaders keep between two."""
+    position = run.source.position() if run.progress.batch > 0 and not run.progress.epoch_ended else None
+    validation = run.validation.sources if run.validation is not None else ()
+    return {
+        "position": position,
+        "train": None if position is not None else run.source.rest(),
+        "validation": [source.rest() for source in validation],
+    }
