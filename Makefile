@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11 pytho
 	if "$$p" $(MODERN); then echo "$$p"; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types bench clean distclean
+.PHONY: help venv demo test faults lint types bench clean distclean
 
 help: ## this list
 	@echo "make TARGET [ARGS=...] [PYTHON=...]"; echo
@@ -27,6 +27,9 @@ demo: $(STAMP) ## train the digit classifier and draw its curves (ARGS=--full fo
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
+faults: $(STAMP) ## kill a run at each of its instants and compare (20 minutes; ARGS="--share 6" looks at one in six)
+	$(BIN)/python tests/faults/driver.py $(ARGS)
+
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,6 +40,7 @@ types: $(STAMP) ## check the types
 bench: $(STAMP) ## compare with the hand-written loop and with other trainers
 	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
+	$(BIN)/python benchmarks/checkpoint.py
 
 clean: ## remove caches and build output
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

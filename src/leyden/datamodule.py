@@ -102,7 +102,7 @@ class LightningDataModule:
         """
         from leyden.checkpoint.format import load_checkpoint
 
-        checkpoint = load_checkpoint(checkpoint_path)
+        checkpoint = load_checkpoint(checkpoint_path, weights_only=True)
         saved = checkpoint.get("datamodule_hyper_parameters", {})
         made: Self = build(cls, saved, {}, kwargs, str(checkpoint_path))
         if cls.__qualname__ in checkpoint:

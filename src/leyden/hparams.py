@@ -199,7 +199,10 @@ def load_module(
     """Make a module of ``cls`` from a checkpoint; `LightningModule.load_from_checkpoint` documents the arguments."""
     from leyden.checkpoint.format import load_checkpoint
 
-    checkpoint = load_checkpoint(path, map_location=map_location)
+    # The state of training is three times the weights, and nobody else could want it.
+    wanted_by = next(base for base in cls.__mro__ if "on_load_checkpoint" in vars(base))
+    weights_only = wanted_by.__module__.startswith("leyden.")
+    checkpoint = load_checkpoint(path, map_location=map_location, weights_only=weights_only)
     module = build(cls, checkpoint.get("hyper_parameters", {}), checkpoint, given, path)
     module.configure_model()
     module.on_load_checkpoint(checkpoint)

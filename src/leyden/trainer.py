@@ -344,7 +344,7 @@ class Trainer(TrainerView):
             first, outcome, self.interrupted = interrupt, "interrupted", True
             self._on_exception(interrupt)
             where = f"epoch {self.current_epoch} after {self.global_step} steps"
-            print(f"\nInterrupted in {where}; nothing half-done was saved.")
+            print(f"\nInterrupted in {where}; nothing half-done was saved.{self._way_on(verb)}")
             if not is_interactive():
                 raise SystemExit(130) from None  # 128 + SIGINT, what a shell expects
             if not began:
@@ -393,7 +393,11 @@ class Trainer(TrainerView):
 
     def _tear_down(self, verb: str, outcome: str, first: BaseException | None) -> None:
         module, datamodule = self.lightning_module, self._datamodule
-        parts: list[Callable[[], object]] = [self._writer.release, partial(finish, self.profiler, verb)]
+        parts: list[Callable[[], object]] = [
+            self._writer.release,
+            self._writer.check,
+            partial(finish, self.profiler, verb),
+        ]
         parts += [partial(logger.finalize, outcome) for logger in self.loggers]
         parts += [self._sources.shut_down] if self._sources is not None else []
         parts += [partial(datamodule.teardown, verb)] if datamodule is not None else []
@@ -479,7 +483,8 @@ class Trainer(TrainerView):
                 ckpt_path = "best"
                 print(f"{verb}() without a model: its best checkpoint is taken, {callback.best_model_path}.")
         with self._running(verb, assemble.check_module(model), datamodule, {kind: dataloaders}) as resolver:
-            found = find_and_load(ckpt_path, self.checkpoint_callbacks, self._default_root_dir, verb)
+            weights_only = not state.wanted_by_hooks(model, self._active_callbacks)
+            found = find_and_load(ckpt_path, self.checkpoint_callbacks, self._default_root_dir, verb, weights_only)
             if found is not None:
                 state.apply_weights(self, model, self._active_callbacks, *found)
             assert self._sources is not None

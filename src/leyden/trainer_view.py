@@ -284,6 +284,11 @@ class TrainerView(ABC):
         """The progress bar."""
         return next((callback for callback in self._active_callbacks if isinstance(callback, ProgressBar)), None)
 
+    def _way_on(self, verb: str) -> str:
+        """What to do after an interruption, where there is something to go on from."""
+        saved = any(callback.last_model_path or callback.best_model_path for callback in self.checkpoint_callbacks)
+        return " fit(..., ckpt_path='last') goes on from the newest checkpoint." if saved and verb == "fit" else ""
+
     # Loaders
 
     @property

@@ -346,6 +346,34 @@ def test_slabs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, backgrou
     assert all(start + size <= after for (start, size), (after, _) in itertools.pairwise(places))
 
 
+@pytest.mark.parametrize("refused", [False, True])
+def test_large_tensors_are_copied_by_several_threads(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, background: Writer, refused: bool
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(snapshot, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(snapshot, "_BYTES_PER_THREAD", 50_000)
+    begun: list[str] = []
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        begun.append(thread.name)
+        if refused and begun.count("leyden-snapshot") > 1:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    tensors = {f"w{i}": torch.randn(40_000 + i) for i in range(3)} | {
+        "t": torch.randn(300, 200).t(),
+        "s": torch.ones(3),
+    }
+    background.submit(tmp_path / "x.ckpt", tensors)
+    background.wait()
+    loaded = load_checkpoint(tmp_path / "x.ckpt")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert begun.count("leyden-snapshot") == (2 if refused else 3)
+
+
 def test_tied_strided_and_lazy_tensors(tmp_path: pathlib.Path, background: Writer) -> None:
     base = torch.arange(24.0).reshape(4, 6)
     waves = torch.randn(3, 4, dtype=torch.complex64)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import leyden as L
 from leyden.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from leyden.checkpoint import container
 from quiet import make_trainer
 
 
@@ -174,3 +175,37 @@ def test_a_window_that_minimize_has_begun_goes_on_with_its_gradients(tmp_path: P
             make_trainer(tmp_path, Saves(), max_epochs=3).fit(cut, loader(), loader())
         make_trainer(tmp_path, max_epochs=3).fit(rest, loader(), loader(), ckpt_path=tmp_path / "here.ckpt")
         assert torch.equal(rest.net.weight, whole.net.weight), die_after
+
+
+def test_who_wants_weights_reads_no_optimizer_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Adam(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters())
+
+    class Curious(Adam):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            assert "optimizer_states" in checkpoint
+
+    engine = make_trainer(tmp_path)
+    engine.fit(Adam(), loader(), loader())
+    engine.save_checkpoint(tmp_path / "a.ckpt")
+    read: list[str] = []
+    original = container.Reader.read
+
+    def noted(self: container.Reader, name: str) -> torch.Tensor:
+        read.append(name)
+        return original(self, name)
+
+    monkeypatch.setattr(container.Reader, "read", noted)
+    weights = ["module.net.bias", "module.net.weight"]
+    Adam.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert sorted(read) == weights
+    read.clear()
+    make_trainer(tmp_path).validate(Adam(), loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert sorted(read) == weights
+    read.clear()
+    Curious.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert any(name.startswith("optimizer.") for name in read)
+    read.clear()
+    make_trainer(tmp_path).validate(Curious(), loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert any(name.startswith("optimizer.") for name in read)

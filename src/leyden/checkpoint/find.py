@@ -43,7 +43,7 @@ class _Candidate:
 
 
 def find_and_load(
-    ckpt_path: Any, callbacks: Sequence[ModelCheckpoint], root: str, verb: str
+    ckpt_path: Any, callbacks: Sequence[ModelCheckpoint], root: str, verb: str, weights_only: bool = False
 ) -> tuple[dict[str, Any], str] | None:
     """Load the checkpoint that ``ckpt_path`` means.
 
@@ -53,6 +53,7 @@ def find_and_load(
         callbacks: the Trainer's.
         root: its ``default_root_dir``.
         verb: what the checkpoint is for.
+        weights_only: leave the run's state in the file, unread.
 
     Returns:
         The checkpoint and its path; None to go on without: none was asked for, or "last" in `fit` where there is none yet.
@@ -67,7 +68,7 @@ def find_and_load(
         reject("ckpt_path", ckpt_path, _ALLOWED)
     path = os.fspath(ckpt_path)
     if path == "last":
-        return _last(callbacks, root, verb)
+        return _last(callbacks, root, verb, weights_only)
     if path == "best":
         path = next((callback.best_model_path for callback in callbacks if callback.best_model_path), "")
         if not path:
@@ -77,14 +78,16 @@ def find_and_load(
             )
     _check_named(path, verb)
     try:
-        return load_checkpoint(path), path
+        return load_checkpoint(path, weights_only=weights_only), path
     except CheckpointError as error:
         whole = _newest_whole_beside(path)
         hint = f" The newest whole checkpoint beside it is {whole}." if whole else ""
         raise CheckpointError(f"{verb}(ckpt_path={path!r}): {error}.{hint}") from error
 
 
-def _last(callbacks: Sequence[ModelCheckpoint], root: str, verb: str) -> tuple[dict[str, Any], str] | None:
+def _last(
+    callbacks: Sequence[ModelCheckpoint], root: str, verb: str, weights_only: bool
+) -> tuple[dict[str, Any], str] | None:
     """Load the newest whole one; those that are damaged are passed over loudly, never silently."""
     folders = list(dict.fromkeys(_folders(callbacks, root)))
     damaged: list[str] = []
@@ -96,7 +99,7 @@ def _last(callbacks: Sequence[ModelCheckpoint], root: str, verb: str) -> tuple[d
             passed_over += 1
         else:
             try:
-                checkpoint = load_checkpoint(each.path)
+                checkpoint = load_checkpoint(each.path, weights_only=weights_only)
             except CheckpointError as error:
                 damaged.append(str(error))
                 continue

@@ -15,12 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+_CPU = torch.device("cpu")
 _SLAB_BYTES = 64 << 20  # a power of two, to which the allocator of pinned memory rounds up
 _ALIGNMENT_BYTES = 64
 _FORGOTTEN_AFTER = 4  # checkpoints without a tensor of this name: weights alone and whole states may alternate
 _SMALL_ELEMENTS = 1 << 15  # below it torch copies in one thread
 _PIECE_BYTES = 4 << 20
-_BYTES_PER_THREAD = 16 << 20  # some milliseconds: a thread costs a tenth of one
+_BYTES_PER_THREAD = 16 << 20  # two milliseconds: a thread costs some tenths of one
 _MAX_THREADS = 8  # about what it takes to keep a socket's memory busy
 
 
@@ -29,19 +30,21 @@ class Buffers:
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
+        self._kinds: dict[str, tuple[torch.Size, torch.dtype, bool]] = {}
         self._missed: dict[str, int] = {}  # how often in a row a name was not needed
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return contiguous copies on the CPU; they are overwritten by the next call."""
-        missing: list[tuple[str, Tensor]] = []
+        missing: list[str] = []
         groups: dict[torch.device, list[str]] = {}
         for name, tensor in tensors.items():
-            if not self._fits(name, tensor):
-                missing.append((name, tensor))
-            groups.setdefault(tensor.device, []).append(name)
+            if self._kinds.get(name) != (tensor.shape, tensor.dtype, tensor.is_cuda):
+                missing.append(name)
+            groups.setdefault(_CPU if tensor.is_cpu else tensor.device, []).append(name)
         # buffers made in inference mode could not be written to outside of it
         with torch.inference_mode(False), torch.no_grad():
-            self._make(missing)
+            if missing:
+                self._make({name: tensors[name] for name in missing})
             copies = {name: self._kept[name] for name in tensors}
             for device, names in groups.items():
                 _copy(device, [copies[name] for name in names], [tensors[name] for name in names])
@@ -51,24 +54,16 @@ class Buffers:
         self._forget(tensors)
         return copies
 
-    def _fits(self, name: str, tensor: Tensor) -> bool:
-        kept = self._kept.get(name)
-        return (
-            kept is not None
-            and kept.shape == tensor.shape
-            and kept.dtype == tensor.dtype
-            and (tensor.is_cpu or not _pinned(tensor) or kept.is_pinned())
-        )
-
-    def _make(self, missing: Sequence[tuple[str, Tensor]]) -> None:
+    def _make(self, missing: Mapping[str, Tensor]) -> None:
         """Make buffers, many small ones in one slab: pinned memory is slow to get and comes in powers of two."""
-        for name, _ in missing:
+        for name in missing:
             self._kept.pop(name, None)  # freed before its successor is made
+            self._kinds.pop(name, None)
         for pinned in (False, True):
             slab: list[tuple[str, Tensor, int]] = []  # with the offset in bytes
             end = 0
-            for name, tensor in missing:
-                if _pinned(tensor) is not pinned:
+            for name, tensor in missing.items():
+                if tensor.is_cuda is not pinned:
                     continue
                 size = -(-tensor.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
                 if slab and end + size > _SLAB_BYTES:
@@ -83,21 +78,18 @@ class Buffers:
         memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         for name, tensor, start in slab:
             self._kept[name] = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            self._kinds[name] = (tensor.shape, tensor.dtype, pinned)
 
     def _forget(self, used: Mapping[str, Tensor]) -> None:
         self._missed = {name: self._missed.get(name, 0) + 1 for name in self._kept.keys() - used.keys()}
         for name, times in self._missed.items():
             if times >= _FORGOTTEN_AFTER:
-                del self._kept[name]
-
-
-def _pinned(tensor: Tensor) -> bool:
-    return tensor.device.type == "cuda"
+                del self._kept[name], self._kinds[name]
 
 
 def _copy(device: torch.device, targets: list[Tensor], sources: list[Tensor]) -> None:
     large = []
-    if device.type == "cpu":
+    if device == _CPU:
         # is_contiguous says nothing of bits that are yet to be applied
         large = [
             i

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from leyden.callbacks.callback import Callback
 from leyden.errors import CheckpointError, warn
+from leyden.hooks import overridden
 from leyden.loggers.logger import capture_loggers
 from leyden.metrics_state import capture_metrics, restore_metrics
+from leyden.module import LightningModule
 from leyden.run import Restored
 from leyden.seed import capture_random_state
 
 if TYPE_CHECKING:
-    from leyden.callbacks.callback import Callback
     from leyden.datamodule import LightningDataModule
-    from leyden.module import LightningModule
     from leyden.run import Run
     from leyden.trainer import Trainer
 
@@ -71,6 +72,13 @@ def capture(
         callback.on_save_checkpoint(trainer, module, checkpoint)
     module.on_save_checkpoint(checkpoint)
     return checkpoint
+
+
+def wanted_by_hooks(module: LightningModule, callbacks: Sequence[Callback]) -> bool:
+    """Whether somebody overrides `on_load_checkpoint`, and so may look at more of a checkpoint than its weights."""
+    return overridden(module, "on_load_checkpoint", LightningModule) or any(
+        overridden(callback, "on_load_checkpoint", Callback) for callback in callbacks
+    )
 
 
 def apply_weights(
