@@ -393,12 +393,8 @@ class Trainer(TrainerView):
 
     def _tear_down(self, verb: str, outcome: str, first: BaseException | None) -> None:
         module, datamodule = self.lightning_module, self._datamodule
-        parts: list[Callable[[], object]] = [
-            self._writer.release,
-            self._writer.check,
-            partial(finish, self.profiler, verb),
-        ]
-        parts += [partial(logger.finalize, outcome) for logger in self.loggers]
+        parts: list[Callable[[], object]] = [self._writer.release, self._writer.check]
+        parts += [partial(finish, self.profiler, verb), *(partial(each.finalize, outcome) for each in self.loggers)]
         parts += [self._sources.shut_down] if self._sources is not None else []
         parts += [partial(datamodule.teardown, verb)] if datamodule is not None else []
         parts += [partial(callback.teardown, self, module, verb) for callback in self._active_callbacks]
