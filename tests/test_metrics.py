@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader
 import leyden.metrics
 from leyden.callbacks import Callback, RichProgressBar
 from leyden.errors import LeydenWarning, MetricError
-from leyden.loggers import CSVLogger, Logger
+from leyden.loggers import CSVLogger
 from leyden.metrics import Metrics, to_floats
 from leyden.module import LightningModule
 from leyden.trainer import Trainer
+from quiet import Memory
 
 torch.set_num_threads(1)
 
@@ -36,20 +37,6 @@ QUIET: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 1,
 }
-
-
-class Memory(Logger):
-    name = "memory"
-    version = 0
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int | None, dict[str, float]]] = []
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.rows.append((step, dict(metrics)))
-
-    def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
-        pass
 
 
 class Training(LightningModule):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +12,11 @@ from torch.utils.data import DataLoader
 
 from leyden.callbacks import Callback, EarlyStopping, LearningRateMonitor
 from leyden.errors import MetricError
-from leyden.loggers.logger import Logger
 from leyden.module import LightningModule
 from leyden.trainer import Trainer
+from quiet import Memory
 
 STEPS = 4
-
-
-class Memory(Logger):
-    name = "memory"
-    version = 0
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int | None, dict[str, float]]] = []
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.rows.append((step, dict(metrics)))
-
-    def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
-        pass
 
 
 class Scripted(LightningModule):

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from leyden.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from leyden.checkpoint.format import load_checkpoint
 from leyden.errors import CheckpointError, LeydenWarning
-from leyden.loggers import Logger
 from leyden.module import LightningModule
 from leyden.seed import capture_random_state
 from leyden.trainer import Trainer
+from quiet import Memory
 
 torch.set_num_threads(1)
 
@@ -78,20 +78,6 @@ class Net(LightningModule):
         optimizer = torch.optim.Adam(self.parameters(), lr=0.05)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7)
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
-
-
-class Memory(Logger):
-    name = "memory"
-    version = 0
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int | None, dict[str, float]]] = []
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.rows.append((step, dict(metrics)))
-
-    def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
-        pass
 
 
 class Record(Callback):

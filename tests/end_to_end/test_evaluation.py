@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,10 @@ from torch.utils.data import DataLoader
 import leyden as L
 from leyden.data import CombinedLoader
 from leyden.errors import DataError, HookError
-from leyden.loggers import Logger
 from leyden.seed import capture_random_state
+from quiet import Memory
 
 torch.set_num_threads(1)
-
-
-class Memory(Logger):
-    name = "memory"
-    version = 0
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int | None, dict[str, float]]] = []
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.rows.append((step, dict(metrics)))
-
-    def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
-        pass
 
 
 class Small(L.LightningModule):

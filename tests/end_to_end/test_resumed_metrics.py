@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import leyden as L
 from leyden.callbacks import Callback, LearningRateMonitor
-from leyden.loggers import CSVLogger, Logger
+from leyden.loggers import CSVLogger
 from leyden.module import LightningModule
-from quiet import make_trainer
+from quiet import Memory, make_trainer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -27,20 +26,6 @@ with warnings.catch_warnings():
 torch.set_num_threads(1)
 
 EPOCHS, BATCHES, CLASSES = 3, 5, 3
-
-
-class Memory(Logger):
-    name = "memory"
-    version = 0
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int | None, dict[str, float]]] = []
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.rows.append((step, dict(metrics)))
-
-    def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
-        pass
 
 
 class Model(LightningModule):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from leyden.callbacks import EarlyStopping, ModelCheckpoint
 from leyden.errors import MetricError
-from leyden.loggers import Logger
 from leyden.module import LightningModule
 from leyden.trainer import Trainer
+from quiet import Memory
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -34,23 +33,6 @@ QUIET: dict[str, Any] = {
     "enable_checkpointing": False,
     "num_sanity_val_steps": 2,
 }
-
-
-class Memory(Logger):
-    name = "memory"
-    version = 0
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int | None, dict[str, float]]] = []
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.rows.append((step, dict(metrics)))
-
-    def log_hyperparams(self, params: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
-        pass
-
-    def of(self, name: str) -> list[float]:
-        return [row[name] for _, row in self.rows if name in row]
 
 
 def samples(seed: int, count: int = 22) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

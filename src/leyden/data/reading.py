@@ -83,15 +83,8 @@ class StatefulReader(Reader):
     def _read(
         self, iterator: Iterator[Any], start: dict[str, Any], count: int, limit: float
     ) -> Iterator[tuple[Any, Ticket]]:
-        stream = RandomStream(0)
-        while count < limit:
-            count += 1
-            with stream.begin(derived_seed(start["seed"], count)):
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    return
-            yield batch, Ticket(start, count, copy.deepcopy(self._owner.state_dict()))
+        for number, batch in _seeded(iterator, start["seed"], count, limit):
+            yield batch, Ticket(start, number, copy.deepcopy(self._owner.state_dict()))
 
 
 class OpaqueReader(Reader):
@@ -146,15 +139,21 @@ class OpaqueReader(Reader):
         )
 
     def _read(self, iterator: Iterator[Any], start: dict[str, Any], limit: float) -> Iterator[tuple[Any, Ticket]]:
-        stream, count = RandomStream(0), 0
-        while count < limit:
-            count += 1
-            with stream.begin(derived_seed(start["seed"], count)):
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    return
-            yield batch, Ticket(start, count, None)
+        for number, batch in _seeded(iterator, start["seed"], 0, limit):
+            yield batch, Ticket(start, number, None)
+
+
+def _seeded(iterator: Iterator[Any], seed: int, done: int, limit: float) -> Iterator[tuple[int, Any]]:
+    """Number the batches after the ``done`` first ones, each read with random numbers of its own."""
+    stream = RandomStream(0)
+    while done < limit:
+        done += 1
+        with stream.begin(derived_seed(seed, done)):
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+        yield done, batch
 
 
 def _begin(position: Position | None, loader: Any) -> dict[str, Any]:
