@@ -105,7 +105,7 @@ _FIT = (
     + """\
 configure_optimizers() | then the checkpoint's other state is applied
 on_fit_start()
-sanity check{if_validation}: | ?sanity | not if ckpt_path is given
+sanity check{if_validation}: | ?sanity | not if it goes on from a checkpoint
     on_sanity_check_start()
     val_dataloader()
     validate {sanity} batches of each loader, as below | leaves no trace

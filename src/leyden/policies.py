@@ -293,7 +293,7 @@ def _newest_checkpoint(trainer: Trainer) -> tuple[str | None, dict[str, Any]]:
             try:
                 return path, load_checkpoint(path)
             except CheckpointError as error:
-                warn("checkpoint-damaged", f"{error} The checkpoint before it is taken.")
+                warn("damaged-checkpoint", f"{error} The checkpoint before it is taken.")
     return None, {}
 
 

@@ -24,8 +24,8 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
 
     Args:
         seed: 0 to 2**32 - 1. None takes it from the environment variable ``PL_GLOBAL_SEED``, else 0.
-        workers: accepted for compatibility: torch seeds python, numpy and torch in every loader worker from
-            the main process's state, each worker differently.
+        workers: accepted for compatibility: python, numpy and torch are seeded in every loader worker in any case, for
+            map-style datasets anew for each batch.
         verbose: whether to print the seed.
 
     Returns:

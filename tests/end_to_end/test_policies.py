@@ -383,7 +383,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(module, loader(batches))
-    assert [str(each.message).partition("]")[0] for each in caught] == ["[LEY-checkpoint-damaged", "[LEY-nan-rollback"]
+    assert [str(each.message).partition("]")[0] for each in caught] == ["[LEY-damaged-checkpoint", "[LEY-nan-rollback"]
     assert_same(module, hand.module)
 
 

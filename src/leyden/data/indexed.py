@@ -149,7 +149,7 @@ class IndexedReader(Reader):
         }
 
     def _order(self, start: dict[str, Any]) -> Iterator[Any]:
-        """Start the sampler; it draws what it draws under torch's own iterator, so that the order is the same."""
+        """Start the sampler; it draws what it draws under torch's own iterator (of workers that are not persistent)."""
         torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)  # torch's seed for workers
         order = iter(self._sampler) if self._known else _apart(self._sampler, derived_seed(start["seed"], "order"))
         for first in order:  # now, for workers would ask for it before training draws anything

@@ -17,7 +17,7 @@ from leyden.data.indexed import IndexedReader, is_plain
 from leyden.data.reader import Position, Reader, Ticket, has_state, shut_down_workers
 from leyden.data.seeded import WorkerInit
 from leyden.data.worker import signals_held_back
-from leyden.errors import warn
+from leyden.errors import DataError, warn
 from leyden.seed import RandomStream, capture_random_state, derived_seed, isolated_random_state, restore_random_state
 
 
@@ -59,8 +59,14 @@ class StatefulReader(Reader):
             count = int(position["count"])
             with isolated_random_state():
                 restore_random_state(start["random"])
-                self._owner.load_state_dict(copy.deepcopy(position["state"]))
-                iterator = iter(self.loader)
+                try:
+                    self._owner.load_state_dict(copy.deepcopy(position["state"]))
+                    iterator = iter(self.loader)
+                except AssertionError as error:  # torchdata's, for another number of workers
+                    raise DataError(
+                        f"{type(self._owner).__name__} does not take up the state that it had when the checkpoint was written: "
+                        f"{error}. Make it as it was then, with as many workers."
+                    ) from error
         return self._read(iterator, start, count, limit)
 
     def position(self, ticket: Ticket) -> Position:
@@ -98,7 +104,7 @@ class OpaqueReader(Reader):
         self._name = name
 
     def read(self, position: Position | None = None, limit: float = math.inf) -> Iterator[tuple[Any, Ticket]]:
-        """See `Reader.read`. Batches that were trained on are loaded again, with the random numbers of then."""
+        """See `Reader.read`. Batches that were trained on are loaded again; `_fast_forward` says how exact that is."""
         start = _begin(position, self.loader)
         done = 0 if position is None else int(position["count"])
         if isinstance(self.loader, (list, tuple)):
