@@ -27,7 +27,7 @@ demo: $(STAMP) ## train the digit classifier and draw its curves (ARGS=--full fo
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-faults: $(STAMP) ## kill a run at each of its instants and compare (20 minutes; ARGS="--share 6" looks at one in six)
+faults: $(STAMP) ## kill a run at each of its instants and compare (half an hour; ARGS="--share 6" looks at one in six)
 	$(BIN)/python tests/faults/driver.py $(ARGS)
 
 lint: $(STAMP) ## check style and formatting
