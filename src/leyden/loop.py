@@ -216,7 +216,9 @@ def begin_epoch(run: Run) -> dict[str, Any] | None:
     Returns:
         Where to go on reading, if a checkpoint was written in the middle of this epoch.
     """
-    run.is_last_batch, run.window = False, 0
+    run.is_last_batch = False
+    if run.progress.micro_batch == 0:  # else a window goes on that was begun before a restart
+        run.window = 0
     position = None if run.restored is None else run.restored.data.get("position")
     if run.progress.batch == 0:
         run.take_up_restored()
@@ -264,8 +266,11 @@ def validate(run: Run) -> None:
 
 def sanity_check(run: Run, check: Evaluation) -> None:
     """Run a few validation batches before training, so that a mistake in them shows at once; nothing is kept."""
+    rests = [source.rest() for source in check.sources]
     with isolated_random_state(run.device):
         evaluate(check)
+    for source, rest in zip(check.sources, rests, strict=True):
+        source.take_rest(rest)
     check.metrics.reset()
     check.metrics.end_evaluation()
     check.metrics.leave()

@@ -168,6 +168,17 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def gradients_of(optimizer: Optimizer) -> list[Tensor | None]:
+    """The gradients of all its parameters, for a checkpoint."""
+    return [parameter.grad for parameter in parameters_of(optimizer)]
+
+
+def load_gradients(optimizer: Optimizer, gradients: Sequence[Tensor | None]) -> None:
+    """Take back what `gradients_of` returned."""
+    for parameter, gradient in zip(parameters_of(optimizer), gradients, strict=True):
+        parameter.grad = None if gradient is None else gradient.to(parameter.device)
+
+
 def clip_gradients(optimizer: Optimizer, clip_val: float, algorithm: str = "norm") -> None:
     """Clip the gradients of the optimizer's parameters in place.
 
@@ -352,14 +363,12 @@ class LightningOptimizer:
         """The gradients of a window that `minimize` has begun and not ended, for a checkpoint; None between two."""
         if self._accumulated == 0:
             return None
-        gradients = [parameter.grad for parameter in parameters_of(self.optimizer)]
-        return {"accumulated": self._accumulated, "gradients": gradients}
+        return {"accumulated": self._accumulated, "gradients": gradients_of(self.optimizer)}
 
     def load_window_state(self, state: dict[str, Any]) -> None:
         """Go on with the window that `window_state` returned."""
         self._accumulated = int(state["accumulated"])
-        for parameter, gradient in zip(parameters_of(self.optimizer), state["gradients"], strict=True):
-            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        load_gradients(self.optimizer, state["gradients"])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.optimizer, name)

@@ -202,7 +202,8 @@ class FiniteGuard:
         self._run.optimizer.zero_grad()
         self._run.progress.skipped_batches += batches
         self._run.progress.dropped_in_a_row += 1
-        self._run.metrics.rewind(self._logged)  # one NaN would make a NaN of the epoch's mean
+        if self._logged is not None:  # it is where a restart came within the window
+            self._run.metrics.rewind(self._logged)  # one NaN would make a NaN of the epoch's mean
 
     def _skip(self, found: str, batches: int) -> None:
         self._drop(batches)

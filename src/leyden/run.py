@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from leyden.data.generators import set_generator_states
 from leyden.data.loader import Move, Source
 from leyden.errors import ConfigurationError, StepError
 from leyden.hooks import EvaluationHooks, Hook, HookTable
@@ -166,11 +167,13 @@ class Restored:
         random_state: from `leyden.seed.capture_random_state`.
         metrics: training's unfinished series and the published values; None if the file has none.
         data: where the loaders stood: ``position`` in the middle of an epoch, ``train`` between two, ``validation``.
+        generators: finds the random generators that the user's objects own.
     """
 
     random_state: dict[str, Any]
     metrics: dict[str, Any] | None
     data: dict[str, Any]
+    generators: Callable[[], dict[str, Any]] = dict
 
 
 @dataclass
@@ -280,6 +283,7 @@ class Run:
             if self.restored.metrics is not None:
                 restore_metrics(self.metrics, self.module, self.restored.metrics, self.device)
             restore_random_state(self.restored.random_state, self.device)
+            set_generator_states(self.restored.generators(), self.restored.random_state.get("own", {}))
             self.restored = None
 
     # Optimization

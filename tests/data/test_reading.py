@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -29,6 +30,7 @@ from torch.utils.data.distributed import DistributedSampler
 from leyden.checkpoint.format import decode, encode
 from leyden.data import CombinedLoader
 from leyden.data.indexed import IndexedReader, draws_nothing, is_plain
+from leyden.data.loader import Source, make_source
 from leyden.data.reading import OpaqueReader, StatefulReader, make_reader
 from leyden.errors import LeydenWarning
 from leyden.seed import capture_random_state, restore_random_state, seed_everything
@@ -189,6 +191,29 @@ def test_a_pass_is_taken_up_at_any_batch_in_a_new_process_s_reader(kind: str) ->
         assert without_tickets(train(fresh.read(position))) == without_tickets(second[cut:]), cut
 
 
+@pytest.mark.filterwarnings("ignore:.*fast-forward")
+@pytest.mark.parametrize("stream", [Stream, StreamWithState])
+@pytest.mark.parametrize("mode", ["max_size_cycle", "sequential"])
+def test_a_loader_that_is_opened_while_reading_ahead_of_training_goes_on_alike(mode: str, stream: Any) -> None:
+    def make() -> Source:
+        short = load(Noisy(5), shuffle=True)
+        return make_source(CombinedLoader([load(stream()), short, load(stream())], mode), "loader", 1.0, "limit")
+
+    def row(batch: Any) -> Any:
+        return plain(batch), torch.rand(()).item(), random.random()
+
+    seed_everything(1, verbose=False)
+    whole, rows, cuts = make(), [], []
+    for batch, _ in whole.batches(None, ahead=lambda: 3):
+        rows.append(row(batch))
+        cuts.append((stored(whole.position()), capture_random_state()))
+    assert len(rows) >= 6
+    for number, (position, state) in enumerate(cuts, 1):
+        rest = make().batches(None, start=number, position=position, ahead=lambda: 3)
+        restore_random_state(state)
+        assert [row(batch) for batch, _ in rest] == rows[number:], number
+
+
 @pytest.mark.parametrize("kind", [kind for kind in LOADERS if not kind.startswith("stream")])
 def test_the_number_of_workers_changes_nothing(kind: str) -> None:
     make = LOADERS[kind]
@@ -222,6 +247,19 @@ def test_order_and_the_numbers_drawn_afterwards_are_those_under_torch_s_own_iter
     reader = make_reader(load(data, num_workers=workers, **options), "loader")
     found = [[plain(batch), torch.rand(()).item()] for _ in range(2) for batch, _ in reader.read()]
     assert found == expected
+
+
+def test_memory_that_is_pinned_without_workers_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    seed_everything(1, verbose=False)
+    expected = without_tickets(train(make_reader(load(shuffle=True), "loader").read()))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)  # as on a machine with a GPU
+    reader = make_reader(load(shuffle=True, pin_memory=True), "loader")
+    monkeypatch.undo()
+    assert not reader._direct  # type: ignore[attr-defined]
+    seed_everything(1, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that there is nothing to pin for
+        assert without_tickets(train(reader.read())) == expected
 
 
 def test_passing_over_batches_loads_no_sample() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import leyden as L
 from leyden.callbacks import EarlyStopping, ModelCheckpoint, Timer
@@ -209,3 +212,193 @@ def test_who_wants_weights_reads_no_optimizer_state(tmp_path: Path, monkeypatch:
     read.clear()
     make_trainer(tmp_path).validate(Curious(), loader(), ckpt_path=tmp_path / "a.ckpt")
     assert any(name.startswith("optimizer.") for name in read)
+
+
+class SavesAtOnce(L.Callback):
+    """Saves within a batch's last hook, and when training fails, as people write it."""
+
+    def __init__(self, path: Path, after: int | None = None) -> None:
+        self.path, self.after, self.batches = path, after, 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.batches += 1
+        if self.batches == self.after:
+            trainer.save_checkpoint(self.path)
+
+    def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
+        if self.after is None:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_a_window_goes_on_that_was_begun_when_somebody_saved_within_it(tmp_path: Path, precision: str) -> None:
+    options: dict[str, Any] = {"accumulate_grad_batches": 3, "max_epochs": 2, "precision": precision}
+    for after in (1, 2, 4, 9, 10):
+        L.seed_everything(2, verbose=False)
+        whole = Net()
+        start = {name: value.clone() for name, value in whole.state_dict().items()}
+        path = tmp_path / f"{after}.ckpt"
+        engine = make_trainer(tmp_path, SavesAtOnce(path, after), **options)
+        engine.fit(whole, loader(16, shuffle=True), loader())
+        rest = Net()
+        rest.load_state_dict(start)
+        again = make_trainer(tmp_path, **options)
+        again.fit(rest, loader(16, shuffle=True), loader(), ckpt_path=path)
+        assert rest.trained == whole.trained[after:]
+        assert again.global_step == engine.global_step == 6
+        assert torch.equal(rest.net.weight, whole.net.weight), after
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("fails_in", ["training_step", "on_before_zero_grad", "on_after_backward"])
+def test_what_is_saved_when_training_fails_goes_on_with_that_batch(
+    tmp_path: Path, accumulate: int, fails_in: str
+) -> None:
+    class Fails(Net):
+        failing = True
+
+        def fail(self, name: str) -> None:
+            if self.failing and name == fails_in and self.trainer.current_epoch == 1 and len(self.trained) >= 11:
+                raise Killed
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.fail("training_step")
+            return super().training_step(batch, batch_idx)
+
+        def on_before_zero_grad(self, optimizer: Any) -> None:
+            self.fail("on_before_zero_grad")
+
+        def on_after_backward(self) -> None:
+            self.fail("on_after_backward")
+
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "max_epochs": 3}
+    first, path = Fails(), tmp_path / "failed.ckpt"
+    engine = make_trainer(tmp_path, SavesAtOnce(path), **options)
+    with pytest.raises(Killed):
+        engine.fit(first, loader(16, shuffle=True), loader())
+    done = engine._outlet.progress.batch
+    rest = Fails()
+    rest.failing = False
+    make_trainer(tmp_path, **options).fit(rest, loader(16, shuffle=True), loader(), ckpt_path=path)
+    second_epoch = first.trained[8 : 8 + done] + rest.trained[: 8 - done]
+    assert sorted(sample for batch in second_epoch for sample in batch) == list(range(16))
+    assert done > 1
+    assert len(rest.trained) == 8 - done + 8
+    assert [call.split()[0] for call in rest.calls] == ["validation", "validation"]
+
+
+def test_a_failure_before_training_can_be_saved_too(tmp_path: Path) -> None:
+    class Fails(Net):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            raise Killed
+
+    path = tmp_path / "failed.ckpt"
+    with pytest.raises(Killed):
+        make_trainer(tmp_path, SavesAtOnce(path), num_sanity_val_steps=1).fit(Fails(), loader(), loader())
+    rest = Net()
+    make_trainer(tmp_path).fit(rest, loader(), loader(), ckpt_path=path)
+    assert len(rest.trained) == 4
+
+
+def test_generators_that_module_datamodule_and_callbacks_own_go_on(tmp_path: Path) -> None:
+    class Part(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tools = {"mix": [random.Random(1)]}
+
+    class Draws(Net):
+        def __init__(self, die_after: int | None = None) -> None:
+            super().__init__(die_after=die_after)
+            self.rng = np.random.default_rng(0)
+            self.noise = torch.Generator().manual_seed(1)
+            self.really = random.SystemRandom()  # has no state
+            self.part = Part()
+            self.drawn: list[Any] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            own = torch.rand((), generator=self.noise).item(), self.part.tools["mix"][0].random()
+            self.drawn.append((float(self.rng.random()), *own))
+            return loss
+
+        def on_train_epoch_start(self) -> None:
+            self.rng.random()
+
+    class Draw(L.Callback):
+        def __init__(self) -> None:
+            self.rng = random.Random(3)
+            self.drawn: list[float] = []
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.drawn.append(self.rng.random())
+
+    class Data(L.LightningDataModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rng = np.random.RandomState(5)
+            self.drawn: list[float] = []
+
+        def train_dataloader(self) -> Any:
+            return loader()
+
+        def val_dataloader(self) -> Any:
+            return loader()
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            self.drawn.extend([self.rng.random()] * bool(self.trainer.training))
+            return batch
+
+    def run(folder: Path, die_after: int | None = None, **options: Any) -> list[Any]:
+        parts = Draws(die_after), Draw(), Data()
+        try:
+            trainer(folder, parts[1], max_epochs=3).fit(parts[0], datamodule=parts[2], **options)
+        except Killed:
+            parts[2].drawn.pop()  # for the batch that is done again
+        return [part.drawn for part in parts]
+
+    whole = run(tmp_path / "whole")
+    for cut in (3, 4, 6):
+        before = run(tmp_path / str(cut), cut)
+        after = run(tmp_path / str(cut), ckpt_path="last")
+        assert [first + second for first, second in zip(before, after, strict=True)] == whole, cut
+
+
+def test_the_sanity_check_leaves_loaders_as_they_were(tmp_path: Path) -> None:
+    class Lines(IterableDataset[Any]):
+        def __init__(self) -> None:
+            self.index = 0
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            while self.index < 12:
+                self.index += 1
+                yield torch.tensor([float(self.index)])
+            self.index = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"index": self.index}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.index = state["index"]
+
+    class Validated(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.validated: list[int] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.validated.clear()
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.validated.extend(int(value) for value in batch)
+
+    stream = Validated()
+    make_trainer(tmp_path, num_sanity_val_steps=2).fit(stream, loader(), DataLoader(Lines(), batch_size=3))
+    assert stream.validated == list(range(1, 13))
+    orders = []
+    for steps in (0, 2):
+        shared, net = torch.Generator().manual_seed(1), Net()
+        loaders = loader(shuffle=True, generator=shared), loader(generator=shared)
+        make_trainer(tmp_path, num_sanity_val_steps=steps).fit(net, *loaders)
+        orders.append(net.trained)
+    assert orders[0] == orders[1]

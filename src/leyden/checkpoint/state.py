@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from leyden.callbacks.callback import Callback
+from leyden.data.generators import generator_states, module_generators, owned_generators
 from leyden.errors import CheckpointError, warn
 from leyden.hooks import overridden
 from leyden.loggers.logger import capture_loggers
 from leyden.metrics_state import capture_metrics, restore_metrics
 from leyden.module import LightningModule
+from leyden.optimizers import gradients_of, load_gradients
 from leyden.run import Restored
 from leyden.seed import capture_random_state
 
@@ -52,7 +54,7 @@ def capture(
         checkpoint["datamodule_hyper_parameters"] = dict(datamodule.hparams)
     if not weights_only and run is not None:
         checkpoint["optimizer_states"] = [handle.optimizer.state_dict() for handle in run.handles]
-        checkpoint["optimizer_windows"] = [handle.window_state() for handle in run.handles]
+        checkpoint["optimizer_windows"] = _window_states(run)
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in run.schedulers]
         checkpoint["scaler"] = run.scaler.scaler.state_dict() if run.scaler is not None else None
         checkpoint["progress"] = run.progress.state_dict()
@@ -65,7 +67,14 @@ def capture(
         checkpoint["callbacks"] = {
             callback.state_key: state for callback in callbacks if (state := callback.state_dict())
         }
-        checkpoint["random_state"] = waiting.random_state if waiting else capture_random_state(run.device)
+        checkpoint["random_state"] = (
+            waiting.random_state
+            if waiting
+            else {
+                **capture_random_state(run.device),
+                "own": generator_states(own_generators(module, datamodule, callbacks)),
+            }
+        )
         if datamodule is not None and (state := datamodule.state_dict()):
             checkpoint[type(datamodule).__qualname__] = state
     for callback in callbacks:
@@ -142,12 +151,10 @@ def apply_training(
             "model.load_state_dict(leyden.load_checkpoint(path)['state_dict']), then fit without ckpt_path."
         )
     apply_optimizers(run, checkpoint, path)
-    for handle, window in zip(run.handles, checkpoint.get("optimizer_windows", ()), strict=False):
-        if window is not None:
-            handle.load_window_state(window)
     run.run_id = checkpoint.get("run_id") or run.run_id
     run.progress.load_state_dict(checkpoint["progress"])
     run.progress.start_epoch()
+    _apply_windows(run, checkpoint.get("optimizer_windows") or [None] * len(run.handles))
     run.should_stop = bool(checkpoint.get("should_stop"))
     metrics = checkpoint.get("metrics")
     if metrics is not None:
@@ -167,12 +174,60 @@ def apply_training(
         print(f"max_epochs={run.max_epochs} is reached already, so nothing is left to train. Raise it to go on.")
     elif run.should_stop and run.stop_reached():
         print("Training had been asked to stop there, so nothing is left to train.")
-    run.restored = Restored(checkpoint["random_state"], metrics, checkpoint.get("loader_states") or {})
+    run.restored = Restored(
+        checkpoint["random_state"],
+        metrics,
+        checkpoint.get("loader_states") or {},
+        lambda: own_generators(run.module, datamodule, callbacks),
+    )
+
+
+def _window_states(run: Run) -> list[dict[str, Any] | None]:
+    """The gradients of windows that were begun, by optimizer: those of `minimize`, and the loop's own.
+
+    The loop's are there only if somebody saves by hand: within a batch they would be half-done, so the window begins anew.
+    """
+    states = [handle.window_state() for handle in run.handles]
+    progress, optimizer = run.progress, run.optimizer
+    if (
+        optimizer is not None
+        and progress.micro_batch
+        and not run.held
+        and not run.source.is_within_batch(progress.batch)
+    ):
+        states[0] = {"accumulated": run.window, "gradients": gradients_of(optimizer)}
+    return states
+
+
+def _apply_windows(run: Run, windows: Sequence[dict[str, Any] | None]) -> None:
+    if run.optimizer is None:
+        for handle, window in zip(run.handles, windows, strict=False):
+            if window is not None:
+                handle.load_window_state(window)
+    elif windows[0] is None or not run.progress.micro_batch:
+        run.progress.micro_batch = run.progress.skipped_in_window = 0
+    else:
+        run.window = int(windows[0]["accumulated"])
+        load_gradients(run.optimizer, windows[0]["gradients"])
+
+
+def own_generators(
+    module: LightningModule, datamodule: LightningDataModule | None, callbacks: Sequence[Callback]
+) -> dict[str, Any]:
+    """The random generators that the user's objects own, by names that are the same in every process."""
+    found = {f"module{name}": each for name, each in module_generators(module).items()}
+    found.update((f"datamodule{name}", each) for name, each in owned_generators(datamodule).items())
+    for callback in callbacks:
+        found.update((f"{callback.state_key}{name}", each) for name, each in owned_generators(callback).items())
+    return found
 
 
 def _data_state(run: Run) -> dict[str, Any]:
     """Where the training loader stands within its epoch, and what all loaders keep between two."""
-    position = run.source.position() if run.progress.batch > 0 and not run.progress.epoch_ended else None
+    if not hasattr(run, "source"):
+        return {}  # somebody saves before training
+    progress = run.progress
+    position = run.source.position(progress.batch) if progress.batch > 0 and not progress.epoch_ended else None
     validation = run.validation.sources if run.validation is not None else ()
     return {
         "position": position,

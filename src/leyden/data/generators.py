@@ -13,6 +13,7 @@ from leyden.seed import derived_seed
 
 _MAX_DEPTH = 4
 _MAX_ITEMS = 100  # of a list or dict of transforms; longer ones hold data
+_OF_TORCH = frozenset(vars(torch.nn.Module()))
 
 
 def owned_generators(*owners: Any, but: Any = None) -> dict[str, Any]:
@@ -33,11 +34,23 @@ def owned_generators(*owners: Any, but: Any = None) -> dict[str, Any]:
     return found
 
 
+def module_generators(module: torch.nn.Module) -> dict[str, Any]:
+    """Find the generators among the attributes of a module and of all modules in it, by dotted names."""
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+    for path, part in module.named_modules():
+        for key in [key for key in vars(part) if key not in _OF_TORCH]:
+            found.update(_walk(vars(part)[key], f"{path}.{key}", _MAX_DEPTH - 1, seen))
+    return found
+
+
 def _walk(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
     if id(value) in seen or isinstance(
         value, (str, bytes, int, float, type(None), torch.Tensor, torch.nn.Module, type)
     ):
         return
+    if depth < _MAX_DEPTH and type(value).__module__.partition(".")[0] == "leyden":
+        return  # somebody kept the Trainer, through which everything could be reached
     seen.add(id(value))
     if _is_generator(value):
         yield name, value
@@ -56,7 +69,7 @@ def _walk(value: Any, name: str, depth: int, seen: set[int]) -> Iterator[tuple[s
 
 def _is_generator(value: Any) -> bool:
     if isinstance(value, (torch.Generator, random.Random)):
-        return True
+        return not isinstance(value, random.SystemRandom)  # which has no state
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, (numpy.random.Generator, numpy.random.RandomState))
 

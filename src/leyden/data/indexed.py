@@ -10,10 +10,12 @@ A pass is a function of the random state at its start and of the number of its b
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import zlib
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import chain, islice
 from typing import Any
 
@@ -48,6 +50,7 @@ from leyden.seed import (
     restore_random_state,
 )
 
+_END = object()
 TORCH_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 
 
@@ -202,8 +205,14 @@ class IndexedReader(Reader):
         in_order = getattr(self.loader, "in_order", True)
         with signals_held_back():  # until the workers know what to do with them
             batches = iter(self._workers)
-        for number, batch in enumerate(batches, count + 1):
-            if self._draws:
+        # without workers torch loads here, to pin memory
+        apart = nullcontext() if self.loader.num_workers else RandomStream(0)
+        for number in itertools.count(count + 1):
+            with apart:
+                batch = next(batches, _END)
+            if batch is _END:
+                return
+            if self._draws and self.loader.num_workers:
                 exchange_numpy_generator()
             indices = given.popleft()
             yield batch, Ticket(start, number, indices if in_order else None)

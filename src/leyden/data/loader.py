@@ -50,7 +50,9 @@ class Source:
 
     def __post_init__(self) -> None:
         self._reader = self.reader = self.reader or make_reader(self.loader, self.name)
+        self._begun: Position | None = None  # where the present epoch was taken up
         self._ticket: Ticket | None = None  # of the batch that was given last
+        self._before: Ticket | None = None  # of the one before it
 
     def batches(
         self,
@@ -73,12 +75,14 @@ class Source:
         Yields:
             The batch, and how many are known to follow it: all of them, or up to ``ahead``.
         """
-        reader, self._ticket = self._reader, None
-        reading = reader.read(position or ({"count": start} if start else None), self.total)
+        position = position or ({"count": start} if start else None)
+        reader, self._begun, self._ticket, self._before = self._reader, position, None, None
+        reading = reader.read(position, self.total)
         reading = reading if self.around is None else self.around(reading)
         if self.total != math.inf and self.exact:
             following = max(0, int(self.total) - start)  # a restart may find fewer batches than there were
-            for batch, self._ticket in islice(reading, following):
+            for batch, ticket in islice(reading, following):
+                self._ticket, self._before = ticket, self._ticket
                 following -= 1
                 yield (batch if move is None else move(batch, index)), following
             return
@@ -91,13 +95,25 @@ class Source:
                 "anew, such as a DataLoader."
             )
         while read:
+            self._before = self._ticket
             batch, self._ticket = read.popleft()
             yield (batch if move is None else move(batch, index)), len(read)
             read.extend(islice(reading, max(0, ahead() + 1 - len(read))))
 
-    def position(self) -> Position | None:
-        """Where the loader stood after the batch that was given last, as plain data; None before the first."""
-        return None if self._ticket is None else self._reader.position(self._ticket)
+    def position(self, done: int | None = None) -> Position | None:
+        """Where the loader stood after ``done`` batches of this epoch, as plain data; None before the first.
+
+        Args:
+            done: all that were given, or all but the one that is being trained on; None for all.
+        """
+        for ticket in (self._ticket, self._before):
+            if ticket is not None and (done is None or ticket.number <= done):
+                return self._reader.position(ticket)
+        return self._begun
+
+    def is_within_batch(self, done: int) -> bool:
+        """Whether a batch was given of which ``done`` does not know yet."""
+        return self._ticket is not None and self._ticket.number > done
 
     def rest(self) -> dict[str, Any]:
         """What of the loader lives on from one epoch to the next, as plain data."""

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from leyden.data.combined import CombinedLoader
@@ -18,24 +19,32 @@ from leyden.data.reader import Position, Reader, Ticket, has_state, shut_down_wo
 from leyden.data.seeded import WorkerInit
 from leyden.data.worker import signals_held_back
 from leyden.errors import DataError, warn
-from leyden.seed import RandomStream, capture_random_state, derived_seed, isolated_random_state, restore_random_state
+from leyden.seed import (
+    RandomStream,
+    capture_random_state,
+    derived_seed,
+    isolated_random_state,
+    restore_random_state,
+    seed_all,
+)
 
 
-def make_reader(loader: Any, name: str) -> Reader:
+def make_reader(loader: Any, name: str, among_others: bool = False) -> Reader:
     """Choose how a loader is read.
 
     Args:
         loader: a `DataLoader`, a `CombinedLoader`, or any iterable of batches.
         name: the hook that gave it, for messages.
+        among_others: whether it is read together with others.
     """
     if isinstance(loader, CombinedLoader):
         return CombinedReader(loader, name)
     if is_plain(loader):
         return IndexedReader(loader, name)
     if has_state(loader):
-        return StatefulReader(loader, loader)
+        return StatefulReader(loader, loader, among_others)
     if isinstance(loader, DataLoader) and loader.num_workers == 0 and has_state(loader.dataset):
-        return StatefulReader(loader, loader.dataset)
+        return StatefulReader(loader, loader.dataset, among_others)
     return OpaqueReader(loader, name)
 
 
@@ -43,11 +52,18 @@ class StatefulReader(Reader):
     """A loader, or the dataset in it, that has ``state_dict`` and ``load_state_dict`` and so keeps its own position.
 
     Its state is asked for after each batch, and copied: that is what makes reading ahead harmless.
+
+    Args:
+        loader: what is read.
+        owner: the loader, or the dataset in it.
+        notes_end: whether the last ticket says that the pass has ended, for which each batch waits for the next. Without
+            that, nobody knows whether a dataset that goes back to its beginning there has been read or is to be read.
     """
 
-    def __init__(self, loader: Any, owner: Any) -> None:
+    def __init__(self, loader: Any, owner: Any, notes_end: bool = False) -> None:
         self.loader = loader
         self._owner = owner
+        self._notes_end = notes_end
 
     def read(self, position: Position | None = None, limit: float = math.inf) -> Iterator[tuple[Any, Ticket]]:
         """See `Reader.read`."""
@@ -61,7 +77,7 @@ class StatefulReader(Reader):
                 restore_random_state(start["random"])
                 try:
                     self._owner.load_state_dict(copy.deepcopy(position["state"]))
-                    iterator = iter(self.loader)
+                    iterator = iter(() if position.get("ended") else self.loader)
                 except AssertionError as error:  # torchdata's, for another number of workers
                     raise DataError(
                         f"{type(self._owner).__name__} does not take up the state that it had when the checkpoint was written: "
@@ -71,7 +87,8 @@ class StatefulReader(Reader):
 
     def position(self, ticket: Ticket) -> Position:
         """Return the ticket as plain data."""
-        return {**super().position(ticket), "state": ticket.detail}
+        state, ended = ticket.detail
+        return {**super().position(ticket), "state": state, "ended": ended}
 
     def rest(self) -> dict[str, Any]:
         """See `Reader.rest`."""
@@ -89,8 +106,17 @@ class StatefulReader(Reader):
     def _read(
         self, iterator: Iterator[Any], start: dict[str, Any], count: int, limit: float
     ) -> Iterator[tuple[Any, Ticket]]:
-        for number, batch in _seeded(iterator, start["seed"], count, limit):
-            yield batch, Ticket(start, number, copy.deepcopy(self._owner.state_dict()))
+        reading = _seeded(iterator, start["seed"], count, limit)
+        following = next(reading, None)
+        while following is not None:
+            number, batch = following
+            state, following = copy.deepcopy(self._owner.state_dict()), None
+            if self._notes_end and (following := next(reading, None)) is None:
+                state = copy.deepcopy(self._owner.state_dict())
+                yield batch, Ticket(start, number, (state, True))
+                return
+            yield batch, Ticket(start, number, (state, False))
+            following = following or next(reading, None)
 
 
 class OpaqueReader(Reader):
@@ -175,30 +201,35 @@ def _begin(position: Position | None, loader: Any) -> dict[str, Any]:
 
 
 class CombinedReader(Reader):
-    """Several loaders read together; each keeps its own place."""
+    """Several loaders read together; each keeps its own place.
+
+    A loader that is started in the middle of a pass, because it comes later or comes again, begins with random numbers of its
+    own: with those of the program, its order would depend on how far ahead of training it is read.
+    """
 
     def __init__(self, loader: CombinedLoader, name: str) -> None:
         self.loader = loader
-        self._readers = [make_reader(part, name) for part in loader.flattened]
+        self._readers = [make_reader(part, name, among_others=True) for part in loader.flattened]
 
     def read(self, position: Position | None = None, limit: float = math.inf) -> Iterator[tuple[Any, Ticket]]:
         """See `Reader.read`."""
-        parts = [None] * len(self._readers) if position is None else list(position["parts"])
-        count = 0 if position is None else int(position["count"])
-        if self.loader.mode == "sequential":
-            return self._in_sequence(parts, 0 if position is None else position["present"], count, limit)
-        ended = [False] * len(self._readers) if position is None else list(position["ended"])
-        return self._together(parts, ended, count, limit)
+        if position is None:
+            seed = derived_seed(bytes(torch.default_generator.get_state().tolist()))
+            place = {"start": {"seed": seed}, "count": 0, "present": 0}
+            place.update(ended=[False] * len(self._readers), parts=[None] * len(self._readers))
+            position = place
+        return (self._in_sequence if self.loader.mode == "sequential" else self._together)(position, limit)
 
     def position(self, ticket: Ticket) -> Position:
         """Return the tickets of all loaders as plain data."""
-        present, ended, tickets = ticket.detail
+        present, ended, tickets, rests = ticket.detail
         # a loader that had ended before the restart has no ticket, but still the position of then
         parts = [
             reader.position(part) if isinstance(part, Ticket) else part
             for reader, part in zip(self._readers, tickets, strict=True)
         ]
-        return {"count": ticket.number, "present": present, "ended": list(ended), "parts": parts}
+        place = {"count": ticket.number, "present": present, "ended": list(ended), "parts": parts}
+        return {"start": ticket.start, **place, "rests": list(rests)}
 
     def rest(self) -> dict[str, Any]:
         """See `Reader.rest`."""
@@ -214,32 +245,46 @@ class CombinedReader(Reader):
         for reader in self._readers:
             reader.shut_down()
 
-    def _in_sequence(
-        self, parts: list[Position | None], present: int, count: int, limit: float
-    ) -> Iterator[tuple[Any, Ticket]]:
+    def _in_sequence(self, position: Position, limit: float) -> Iterator[tuple[Any, Ticket]]:
+        start, count, parts = position["start"], int(position["count"]), position["parts"]
         tickets: list[Ticket | None] = [None] * len(parts)
-        for index in range(present, len(parts)):
+        for reader, rest in zip(self._readers, position.get("rests", ()), strict=False):
+            reader.take_rest(rest)
+        rests = [reader.rest() for reader in self._readers]  # of those that are not being read
+        for index in range(position["present"], len(parts)):
             inside = parts[index]
             before = count - (0 if inside is None else int(inside["count"]))
-            for batch, ticket in self._readers[index].read(inside, limit - before):
+            if inside is None and index > 0:
+                reading = self._apart(index, derived_seed(start["seed"], index), limit - before)
+            else:
+                reading = self._readers[index].read(inside, limit - before)
+            for batch, ticket in reading:
                 count += 1
                 tickets[index] = ticket
-                yield batch, Ticket({}, count, (index, (), tuple(tickets)))
-            tickets[index] = None
+                yield batch, Ticket(start, count, (index, (), tuple(tickets), tuple(rests)))
+            tickets[index], rests[index] = None, self._readers[index].rest()
 
-    def _together(
-        self, parts: list[Position | None], ended: list[bool], count: int, limit: float
-    ) -> Iterator[tuple[Any, Ticket]]:
+    def _together(self, position: Position, limit: float) -> Iterator[tuple[Any, Ticket]]:
+        start, count, ended = position["start"], int(position["count"]), list(position["ended"])
         whole = limit if self.loader.mode != "max_size_cycle" else math.inf  # of one loader's pass
-        resumed: list[Position | None] = list(parts)
-        tickets: list[Any] = list(parts)
+        resumed: list[Position | None] = list(position["parts"])
+        tickets: list[Any] = list(position["parts"])
 
         def open_part(index: int) -> Iterator[tuple[Any, Ticket]]:
-            position, resumed[index] = resumed[index], None
-            return self._readers[index].read(position, whole)
+            inside, resumed[index] = resumed[index], None
+            before = tickets[index]
+            if inside is not None or before is None:
+                return self._readers[index].read(inside, whole)
+            begun = before.start if isinstance(before, Ticket) else before["start"]
+            return self._apart(index, derived_seed(begun["seed"], "again"), whole)
 
         for items in self.loader.rounds(open_part, ended):
             count += 1
             tickets = [tickets[i] if item is None else item[1] for i, item in enumerate(items)]
             batch = self.loader.structured([None if item is None else item[0] for item in items])
-            yield batch, Ticket({}, count, (0, tuple(ended), tuple(tickets)))
+            yield batch, Ticket(start, count, (0, tuple(ended), tuple(tickets), ()))
+
+    def _apart(self, index: int, seed: int, limit: float) -> Iterator[tuple[Any, Ticket]]:
+        with isolated_random_state():
+            seed_all(seed)
+            return self._readers[index].read(None, limit)
