@@ -22,11 +22,11 @@ from torch.utils.data import (
 )
 
 from leyden.data import CombinedLoader
+from leyden.data.indexed import rebuilt
 from leyden.data.loader import (
     has_exact_length,
     length_of,
     make_source,
-    rebuilt,
     set_epoch,
     without_shuffle,
 )
@@ -232,7 +232,7 @@ def test_a_rebuilt_loader_keeps_every_argument() -> None:
         6, batch_size=2, num_workers=2, collate_fn=list, timeout=3, worker_init_fn=print, generator=generator,
         prefetch_factor=5, persistent_workers=True, multiprocessing_context="spawn",
     )  # fmt: skip
-    again = rebuilt(loader, BatchSampler(SequentialSampler(range(6)), 3, False))
+    again = rebuilt(loader, batch_sampler=BatchSampler(SequentialSampler(range(6)), 3, False))
     for name in (
         "dataset", "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "generator",
         "prefetch_factor", "persistent_workers", "multiprocessing_context", "in_order",

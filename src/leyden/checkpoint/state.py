@@ -67,14 +67,9 @@ def capture(
         checkpoint["callbacks"] = {
             callback.state_key: state for callback in callbacks if (state := callback.state_dict())
         }
-        checkpoint["random_state"] = (
-            waiting.random_state
-            if waiting
-            else {
-                **capture_random_state(run.device),
-                "own": generator_states(own_generators(module, datamodule, callbacks)),
-            }
-        )
+        own = own_generators(module, datamodule, callbacks)
+        drawn = capture_random_state(run.device) | {"own": generator_states(own)}
+        checkpoint["random_state"] = waiting.random_state if waiting else drawn
         if datamodule is not None and (state := datamodule.state_dict()):
             checkpoint[type(datamodule).__qualname__] = state
     for callback in callbacks:

@@ -229,22 +229,28 @@ class _Feed:
 
 def _fed(loader: DataLoader[Any], feed: _Feed, batched: bool) -> DataLoader[Any]:
     """A loader like ``loader`` whose workers load what ``feed`` says, seeded for each batch."""
-    options: dict[str, Any] = {"batch_sampler": feed} if batched else {"batch_size": None, "sampler": feed}
-    if hasattr(loader, "in_order"):
-        options["in_order"] = loader.in_order
-    return DataLoader(
-        SeededDataset(loader.dataset, loader.collate_fn, batched),
-        **options,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
+    order: dict[str, Any] = {"batch_sampler": feed} if batched else {"batch_size": None, "sampler": feed}
+    return rebuilt(
+        loader,
+        **order,
+        dataset=SeededDataset(loader.dataset, loader.collate_fn, batched),
         worker_init_fn=WorkerInit(loader.worker_init_fn) if loader.num_workers else None,
-        multiprocessing_context=loader.multiprocessing_context,
         generator=torch.Generator(),  # its draw must not be one of the program's
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
     )
+
+
+def rebuilt(loader: DataLoader[Any], **changed: Any) -> DataLoader[Any]:
+    """Return a DataLoader like ``loader``, but for the order and what else is ``changed``.
+
+    Args:
+        loader: also of a subclass that lacks newer options, such as ``in_order``.
+        **changed: arguments of `DataLoader`, a ``batch_sampler`` or a ``sampler`` among them.
+    """
+    names = (
+        "dataset", "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
+        "generator", "prefetch_factor", "persistent_workers", "in_order",
+    )  # fmt: skip
+    return DataLoader(**({name: getattr(loader, name) for name in names if hasattr(loader, name)} | changed))
 
 
 def _apart(sampler: Any, seed: int) -> Iterator[Any]:

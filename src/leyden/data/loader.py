@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 from leyden.data.combined import CombinedLoader
-from leyden.data.indexed import TORCH_SAMPLERS, is_plain
+from leyden.data.indexed import TORCH_SAMPLERS, is_plain, rebuilt
 from leyden.data.reader import Position, Reader, Ticket
 from leyden.data.reading import make_reader
 from leyden.errors import DataError, warn
@@ -239,21 +239,4 @@ def without_shuffle(loader: Any, name: str) -> Any:
         return loader
     warn("overfit-shuffle", f"overfit_batches: the loader of {name} is read in order instead of being shuffled.")
     own = loader.batch_sampler
-    return rebuilt(loader, BatchSampler(in_order, own.batch_size, own.drop_last))
-
-
-def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
-    """Return a DataLoader like ``loader`` that draws its batches from ``batch_sampler``."""
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=batch_sampler,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-    )
+    return rebuilt(loader, batch_sampler=BatchSampler(in_order, own.batch_size, own.drop_last))
