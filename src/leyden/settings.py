@@ -47,6 +47,8 @@ class Settings:
     gradient_clip_algorithm: str | None = None
     deterministic: bool | str | None = None
     benchmark: bool | None = None
+    compile: bool | str = False
+    fused_optimizer: bool = True
     inference_mode: bool = True
     use_distributed_sampler: bool = True
     detect_anomaly: bool = False
@@ -103,12 +105,16 @@ class Settings:
             reject("num_nodes", self.num_nodes, "1; this version trains on one device")
 
     def _check_switches(self) -> None:
-        for name in ("inference_mode", "detect_anomaly", "barebones", "sync_batchnorm", "use_distributed_sampler"):
+        for name in (
+            "inference_mode", "detect_anomaly", "barebones", "sync_batchnorm", "use_distributed_sampler", "fused_optimizer",
+        ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 reject(name, getattr(self, name), "True or False")
         for name in ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "benchmark"):
             if not isinstance(getattr(self, name), bool | None):
                 reject(name, getattr(self, name), "True, False or None")
+        if not isinstance(self.compile, bool) and self.compile != "auto":
+            reject("compile", self.compile, "True, False or 'auto'")
         if not isinstance(self.deterministic, bool | None) and self.deterministic != "warn":
             reject("deterministic", self.deterministic, "True, False, 'warn' or None")
         if not isinstance(self.default_root_dir, str | os.PathLike | None):

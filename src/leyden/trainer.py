@@ -17,7 +17,7 @@ from leyden.checkpoint.writer import Writer
 from leyden.datamodule import LightningDataModule
 from leyden.defaults import default_callbacks, default_loggers, global_switches, is_interactive, with_modules_own
 from leyden.device import resolve_device
-from leyden.errors import ConfigurationError, LeydenError, call_each
+from leyden.errors import LeydenError, call_each
 from leyden.hparams import begin_logs
 from leyden.loggers.logger import resume_loggers
 from leyden.metrics import Metrics
@@ -77,6 +77,8 @@ class Trainer(TrainerView):
         gradient_clip_algorithm: "norm" (default) bounds the norm of all gradients, "value" each element.
         deterministic: True lets torch refuse operations that are not deterministic, "warn" lets it warn.
         benchmark: let cuDNN measure and choose its algorithms.
+        compile: True compiles the whole training step into one graph, "auto" keeps it if it is faster; see `leyden.compiled`.
+        fused_optimizer: use torch's fused kernels (default) where an optimizer has them and its own ``fused`` was left open.
         inference_mode: evaluate under `torch.inference_mode` (default) rather than `torch.no_grad`.
         profiler: None, "simple", "advanced", "pytorch", or a `leyden.profilers.Profiler`.
         detect_anomaly: stop at the first loss or gradient that is not finite, naming the operation. Slow.
@@ -127,6 +129,8 @@ class Trainer(TrainerView):
         gradient_clip_algorithm: str | None = None,
         deterministic: bool | str | None = None,
         benchmark: bool | None = None,
+        compile: bool | str = False,
+        fused_optimizer: bool = True,
         inference_mode: bool = True,
         use_distributed_sampler: bool = True,
         profiler: Any = None,
@@ -471,13 +475,7 @@ class Trainer(TrainerView):
             verb
         ]
         if model is None:
-            if self._module is None:
-                raise ConfigurationError(f"{verb} needs a model: this Trainer has not run one yet.")
-            model, datamodule = self._module, datamodule or (self._datamodule if dataloaders is None else None)
-            callback = self.checkpoint_callback
-            if ckpt_path is None and callback is not None and callback.best_model_path:
-                ckpt_path = "best"
-                print(f"{verb}() without a model: its best checkpoint is taken, {callback.best_model_path}.")
+            model, datamodule, ckpt_path = self._ran_last(verb, datamodule, dataloaders is not None, ckpt_path)
         with self._running(verb, assemble.check_module(model), datamodule, {kind: dataloaders}) as resolver:
             weights_only = not state.wanted_by_hooks(model, self._active_callbacks)
             found = find_and_load(ckpt_path, self.checkpoint_callbacks, self._default_root_dir, verb, weights_only)

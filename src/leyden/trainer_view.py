@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from leyden.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint, ProgressBar
-from leyden.errors import LeydenError, reject
+from leyden.errors import ConfigurationError, LeydenError, reject
 from leyden.metrics import as_tensors
 from leyden.optimizers import SchedulerConfig
 
@@ -288,6 +288,18 @@ class TrainerView(ABC):
         """What to do after an interruption, where there is something to go on from."""
         saved = any(callback.last_model_path or callback.best_model_path for callback in self.checkpoint_callbacks)
         return " fit(..., ckpt_path='last') goes on from the newest checkpoint." if saved and verb == "fit" else ""
+
+    def _ran_last(
+        self, verb: str, datamodule: LightningDataModule | None, has_loaders: bool, ckpt_path: Any
+    ) -> tuple[LightningModule, LightningDataModule | None, Any]:
+        """What a verb without a model evaluates: the module that was run last, with its best weights if there are some."""
+        if self._module is None:
+            raise ConfigurationError(f"{verb} needs a model: this Trainer has not run one yet.")
+        callback = self.checkpoint_callback
+        if ckpt_path is None and callback is not None and callback.best_model_path:
+            ckpt_path = "best"
+            print(f"{verb}() without a model: its best checkpoint is taken, {callback.best_model_path}.")
+        return self._module, datamodule or (None if has_loaders else self._datamodule), ckpt_path
 
     # Loaders
 
