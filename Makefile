@@ -13,11 +13,11 @@ PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11 pytho
 	if "$$p" $(MODERN); then echo "$$p"; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test faults lint types bench clean distclean
+.PHONY: help venv demo test faults lint types bench bench-quick clean distclean
 
 help: ## this list
 	@echo "make TARGET [ARGS=...] [PYTHON=...]"; echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## install leyden and its tools into .venv
 
@@ -37,10 +37,13 @@ lint: $(STAMP) ## check style and formatting
 types: $(STAMP) ## check the types
 	$(BIN)/mypy
 
-bench: $(STAMP) ## compare with the hand-written loop and with other trainers
+bench: $(STAMP) ## compare with the hand-written loop and with other trainers (a quarter of an hour)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
-	$(BIN)/python benchmarks/overhead.py $(ARGS)
+	$(BIN)/python benchmarks/overhead.py --plot docs/images/overhead.png $(ARGS)
 	$(BIN)/python benchmarks/checkpoint.py
+
+bench-quick: $(STAMP) ## compare with the hand-written loop only, in half a minute
+	$(BIN)/python benchmarks/overhead.py --quick $(ARGS)
 
 clean: ## remove caches and build output
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

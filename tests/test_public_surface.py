@@ -29,6 +29,7 @@ SURFACE = {
         "Preemption",
         "ProgressBar",
         "RichProgressBar",
+        "ThroughputMonitor",
         "Timer",
         "WeightAveraging",
     ],
@@ -44,6 +45,7 @@ SURFACE = {
         "Profiler",
         "PyTorchProfiler",
         "SimpleProfiler",
+        "ThroughputProfiler",
     ],
 }
 

@@ -448,6 +448,17 @@ def test_what_can_be_set_is_little() -> None:
     }
 
 
+def test_the_time_account_is_that_of_the_last_fit() -> None:
+    trainer = make()
+    assert trainer.time_account.steps == 0
+    model = Model()
+    trainer.fit(model, loader(), loader())
+    account = trainer.time_account
+    trainer.validate(model, loader())
+    assert trainer.time_account is account
+    assert account.steps == 2 * TRAIN_BATCHES
+
+
 def test_every_property_is_documented_and_looked_at_in_this_file() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     for name, value in vars(TrainerView).items():

@@ -15,16 +15,17 @@ from torch.optim import Optimizer
 
 from leyden.callbacks.callback import Callback
 from leyden.data.loader import Move, Source
-from leyden.data.transfer import move_to_device
+from leyden.data.transfer import DeviceMove, move_to_device
 from leyden.datamodule import LightningDataModule
 from leyden.errors import ConfigurationError, HookError, NonFiniteError, reject, warn
+from leyden.fused import choose_kernels
 from leyden.hooks import Resolver, check_names, overridden, step_arity
 from leyden.metrics import Metrics
 from leyden.module import LightningModule
 from leyden.optimizers import LightningOptimizer, clip_gradients, needs_closure, normalize_optimizers
 from leyden.policies import apply_policies
 from leyden.precision import LossScaler, Precision
-from leyden.profilers.wiring import hooks_of, profile_evaluation, profile_run
+from leyden.profilers.wiring import hooks_of, measures, profile_evaluation, profile_run
 from leyden.progress import Progress
 from leyden.run import Evaluation, Mode, Outlet, Run, Status, ValidationSchedule, one_optimizer
 from leyden.settings import Settings
@@ -110,7 +111,7 @@ def make_move(
     if before is transfer is after is None:
         if device.type == "cpu" and dtype is None:
             return None
-        return lambda batch, index: move_to_device(batch, device, dtype)
+        return DeviceMove(device, dtype)
 
     def move(batch: Any, index: int) -> Any:
         if before is not None:
@@ -202,7 +203,19 @@ def make_run(parts: Parts, reload_loaders: Callable[[Run], None]) -> Run:
         run.zero_grad = lambda: own_zero_grad(run.progress.epoch, run.progress.batch, optimizer)
     apply_policies(run, settings, parts.resolver.trainer, parts.resolver.callbacks)
     run.handles = _make_handles(run, found.optimizers)
+    run.kernels = choose_kernels(
+        found.optimizers,
+        module,
+        wanted=settings.fused_optimizer,
+        scales_loss=scaler is not None,
+        hand_made=_may_replace_gradients(parts, run),
+    )
+    if settings.compile:
+        from leyden.compiled.wiring import compile_run  # torch's compiler takes a second to import
+
+        compile_run(run, settings, lambda name: parts.own(name) is not None, measures(parts.profiler))
     profile_run(run, parts.profiler)
+    run.account.compiles = settings.compile is not False
     return run
 
 
@@ -239,6 +252,13 @@ def _make_handles(run: Run, optimizers: Sequence[Optimizer]) -> list[LightningOp
         )
         for each in optimizers
     ]
+
+
+def _may_replace_gradients(parts: Parts, run: Run) -> bool:
+    """Whether something other than autograd may put gradients into place: hooks before the step, or the step itself."""
+    hooks = run.hooks.on_after_backward or run.hooks.on_before_optimizer_step
+    own = parts.own("backward") or parts.own("configure_gradient_clipping")
+    return run.mode is not Mode.AUTOMATIC or bool(hooks) or own is not None
 
 
 def _refuse_engine_settings(settings: Settings) -> None:

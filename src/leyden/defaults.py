@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,8 +131,13 @@ def global_switches(settings: Settings) -> Iterator[None]:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, by name
     if settings.benchmark is not None or settings.deterministic:
         torch.backends.cudnn.benchmark = bool(settings.benchmark)
+    compiler: AbstractContextManager[Any] = nullcontext()
+    if settings.compile:
+        from leyden.compiled.backend import compiler_switches  # torch's compiler takes a second to import
+
+        compiler = compiler_switches()
     try:
-        with torch.autograd.set_detect_anomaly(settings.detect_anomaly or torch.is_anomaly_enabled()):
+        with torch.autograd.set_detect_anomaly(settings.detect_anomaly or torch.is_anomaly_enabled()), compiler:
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from leyden.callbacks import Callback, GradientAccumulationScheduler
 from leyden.datamodule import LightningDataModule
 from leyden.defaults import with_modules_own
+from leyden.fused import FUSED_KINDS
 from leyden.hooks import EVENTS, Resolver, location, overridden, step_arity
 from leyden.lifecycle import Line, lines_of, row
 from leyden.module import LightningModule
@@ -59,7 +60,7 @@ def explain(trainer: Trainer, module: LightningModule, datamodule: LightningData
     body = _without_bare_colons(list(_branch(lines_of("fit", case.mode), words, holds, case.listeners)))
     settings = [f"    {name:<34}  {reason}".rstrip() for name, reason in case.choices()]
     return "\n".join([f"fit({type(module).__name__})", *indent("\n".join(body), "    ").splitlines(), "",
-                      "Settings", *settings])  # fmt: skip
+                      "Settings", *settings, *case.where_the_time_went()])  # fmt: skip
 
 
 def _branch(
@@ -214,6 +215,7 @@ class _Case:
         yield from given(settings)
         yield f"device={str(trainer.device)!r}", trainer._device_choice.reason
         yield from settings.reasons
+        yield from self.kernels()
         yield "optimization", f"by {self.mode.value}"
         if self.run is None and self.mode is Mode.AUTOMATIC:
             yield "", "an optimizer that needs a closure, as LBFGS, makes training_step part of its step"
@@ -232,6 +234,20 @@ class _Case:
         yield "log_dir", self.log_dir()
         if not isinstance(trainer.profiler, PassThroughProfiler):
             yield "profiler", type(trainer.profiler).__name__
+
+    def where_the_time_went(self) -> list[str]:
+        """The account of the last `fit` of this module, if there was one."""
+        if self.run is None or not self.run.account.steps:
+            return []
+        return ["", "Where the time went", *indent(str(self.run.account), "    ").splitlines()]
+
+    def kernels(self) -> Iterator[tuple[str, str]]:
+        """Whose kernels the optimizers step with: the rule, and as soon as there are optimizers, what came of it."""
+        if self.run is not None:
+            yield from (choice.line() for choice in self.run.kernels)
+        elif self.settings.fused_optimizer:
+            names = ", ".join(kind.__name__ for kind in FUSED_KINDS)
+            yield "fused_optimizer=True", f"default: torch's fused kernels for {names}, where they were left open"
 
     def log_dir(self) -> str:
         """Where files go; a number that is still to be taken is left open, for reading it would take it."""

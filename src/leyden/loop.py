@@ -2,6 +2,7 @@
 
 A batch's way: `train` takes it from the loader, `forward_backward` makes gradients of it, `optimizer_step` uses them,
 `step_boundary` logs, validates and saves between two steps. `evaluate` is validation, test and prediction.
+On the way the time is noted: ``account.mark`` is when the present part of it began.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from leyden.seed import isolated_random_state
 
 def train(run: Run) -> None:
     """Train until a limit is reached or somebody asks to stop."""
-    progress, hooks, metrics = run.progress, run.hooks, run.metrics
+    progress, hooks, metrics, account = run.progress, run.hooks, run.metrics, run.account
+    clock = account.begin(run)
     call(hooks.on_train_start)
     while run.wants_epoch():
         position = begin_epoch(run)
+        account.mark = clock()
         for batch, following in run.source.batches(
             run.move, start=progress.batch, position=position, ahead=lambda: run.accumulate
         ):
+            account.data_s += clock() - account.mark
             batch_idx = progress.batch
             run.is_last_batch = following == 0
             metrics.begin_batch(batch, batch_idx)
@@ -39,13 +43,20 @@ def train(run: Run) -> None:
                 run.step_schedulers_after_epoch()
                 break
 
-            if run.mode is Mode.AUTOMATIC:
+            account.mark = clock()
+            if run.compiled is not None and run.compiled.is_ready():
+                output = run.compiled.train_on(batch, batch_idx)
+                account.training_step_s += clock() - account.mark
+            elif run.mode is Mode.AUTOMATIC:
                 if run.halving is None:
                     output = forward_backward(run, batch, batch_idx)
                 else:
                     output = run.halving.train_on(forward_backward, batch, batch_idx)
+                account.compute_s += clock() - account.mark
                 if progress.micro_batch == run.window:
+                    account.mark = clock()
                     optimizer_step(run)
+                    account.optimizer_s += clock() - account.mark
             elif run.mode is Mode.CLOSURE:
                 output = closure_batch(run, batch, batch_idx)
             else:
@@ -63,6 +74,9 @@ def train(run: Run) -> None:
                 step_boundary(run)
                 if run.stop_reached():
                     break
+            account.mark = clock()
+        else:
+            account.data_s += clock() - account.mark  # finding the end takes a while where workers are shut down
         end_epoch(run)
     run.take_up_restored()  # where nothing was left to train
     metrics.leave()
@@ -139,13 +153,16 @@ def closure_batch(run: Run, batch: Any, batch_idx: int) -> Any:
             return None
         batches, run.held, first = run.held, [], 0
     elif progress.micro_batch + 1 < run.window:
-        return forward_backward(run, batch, batch_idx)
+        output = forward_backward(run, batch, batch_idx)
+        run.account.lap("forward and backward")
+        return output
     else:
         batches, first = [(batch, batch_idx)], progress.micro_batch
     outputs: list[Any] = []
     skipped_before = (progress.skipped_in_window, progress.skipped_batches)
 
     def closure() -> Tensor | None:
+        run.account.lap("optimizer")
         progress.micro_batch = first
         progress.skipped_in_window, progress.skipped_batches = skipped_before
         total = None
@@ -154,6 +171,7 @@ def closure_batch(run: Run, batch: Any, batch_idx: int) -> Any:
             outputs.append(forward_backward(run, held_batch, held_idx))
             if run.loss is not None:
                 total = run.loss if total is None else total + run.loss
+        run.account.lap("forward and backward")
         if total is None and run.reevaluates:
             raise StepError(
                 f"training_step returned None, but {type(run.optimizer).__name__} needs a loss in every window. Return a loss."
@@ -177,6 +195,7 @@ def closure_batch(run: Run, batch: Any, batch_idx: int) -> Any:
         progress.global_step += 1
         if run.moved:
             run.step_schedulers_after_step()
+    run.account.lap("optimizer")
     return outputs[-1]
 
 
@@ -191,6 +210,7 @@ def manual_batch(run: Run, batch: Any, batch_idx: int) -> Any:
         run.stepped = True  # without an optimizer every batch counts, so that limits and logging still have a unit
     if run.stepped:
         run.progress.global_step += 1
+    run.account.lap("training step")
     return detached(output) if run.wants_outputs else None
 
 
@@ -199,9 +219,12 @@ def step_boundary(run: Run) -> None:
     progress = run.progress
     stepped, run.stepped = run.stepped, False
     if stepped and run.log_every_n_steps and progress.global_step % run.log_every_n_steps == 0:
-        run.outlet.send(run.metrics.step_values(), progress.global_step)
+        with run.account.spent_on("logging"):
+            run.outlet.send(run.metrics.step_values(), progress.global_step)
+        run.account.sample_device()
     if run.schedule is not None and run.schedule.pay():
-        validate(run)
+        with run.account.spent_on("validation"):
+            validate(run)
     if stepped and run.step_schedulers:
         run.step_plateau_schedulers(run.step_schedulers, progress.global_step)
     # Last, so that a run that goes on from a checkpoint misses nothing of this boundary. After an epoch's last batch its

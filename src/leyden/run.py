@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from leyden.account import TimeAccount
 from leyden.data.generators import set_generator_states
 from leyden.data.loader import Move, Source
 from leyden.errors import ConfigurationError, StepError
+from leyden.fused import KernelChoice
 from leyden.hooks import EvaluationHooks, Hook, HookTable
 from leyden.metrics import Metrics, Value, missing_metric, to_floats
 from leyden.metrics_state import restore_metrics
@@ -28,6 +30,7 @@ from leyden.progress import Progress
 from leyden.seed import restore_random_state
 
 if TYPE_CHECKING:
+    from leyden.compiled import CompiledStep
     from leyden.halving import Halving
     from leyden.loggers import Logger
     from leyden.module import LightningModule
@@ -53,11 +56,12 @@ class Status:
 
 @dataclass
 class Outlet:
-    """Where values leave for the loggers."""
+    """Where values leave for the loggers, and the account of the verb's time."""
 
     loggers: Sequence[Logger]
     metrics: Metrics
     progress: Progress
+    account: TimeAccount = field(default_factory=TimeAccount)
 
     def send(self, values: dict[str, Value], step: int, with_epoch: bool = True) -> None:
         """Send values to every logger; this is where the host waits for the device.
@@ -69,11 +73,14 @@ class Outlet:
         """
         if not values or not self.loggers:
             return
-        numbers = to_floats(values)
-        if with_epoch:
-            numbers["epoch"] = self.progress.epoch
-        for logger in self.loggers:
-            logger.log_metrics(numbers, step)
+        account = self.account
+        with account.spent_on("logging"):
+            with account.spent_on("logging" if account.device is None else "waiting for the device"):
+                numbers = to_floats(values)
+            if with_epoch:
+                numbers["epoch"] = self.progress.epoch
+            for logger in self.loggers:
+                logger.log_metrics(numbers, step)
 
 
 @dataclass
@@ -197,8 +204,11 @@ class Run:
         share: of its batch's samples that is in what is trained on now: below 1 if ``oom_policy`` has split the batch.
         guard: does what ``nan_policy`` says, or None.
         halving: does what ``oom_policy`` says, or None.
+        compiled: takes whole steps as graphs, or None.
+        kernels: whose kernels the optimizers step with, for `Trainer.explain`.
         restored: what of the checkpoint that the run goes on from waits until training begins.
         run_id: a name of this training; a run that goes on from a checkpoint takes its name over.
+        account: of where the time goes.
     """
 
     module: LightningModule
@@ -239,6 +249,7 @@ class Run:
     share: float = 1.0
     guard: FiniteGuard | None = None
     halving: Halving | None = None
+    compiled: CompiledStep | None = None
     held: list[tuple[Any, int]] = field(default_factory=list)
     loss: Tensor | None = None
     stepped: bool = False
@@ -246,12 +257,16 @@ class Run:
     is_last_batch: bool = False
     should_stop: bool = False
     requests: list[Callable[[], None]] = field(default_factory=list)
+    kernels: list[KernelChoice] = field(default_factory=list)
     restored: Restored | None = None
     run_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    account: TimeAccount = field(init=False)
     epoch_schedulers: list[SchedulerConfig] = field(init=False)
     step_schedulers: list[SchedulerConfig] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.account = self.outlet.account
+        self.move = None if self.move is None else self.account.timed("host to device", self.move)
         stepped_here = [] if self.mode is Mode.MANUAL else self.schedulers
         self.epoch_schedulers = [config for config in stepped_here if config.interval == "epoch"]
         self.step_schedulers = [config for config in stepped_here if config.interval == "step"]

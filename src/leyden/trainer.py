@@ -196,7 +196,8 @@ class Trainer(TrainerView):
             run.metrics.leave()
             loop.call(run.hooks.on_fit_end)
             run.serve_requests()
-            self._writer.wait()
+            with run.account.spent_on("checkpoints"):
+                self._writer.wait()
 
     def validate(
         self,
@@ -300,7 +301,7 @@ class Trainer(TrainerView):
         module = self._module
         if module is None:
             raise LeydenError("save_checkpoint: this Trainer has not run a module yet.")
-        with self.profiler.profile("save_checkpoint"):
+        with self.profiler.profile("save_checkpoint"), self.time_account.spent_on("checkpoints"):
             captured = state.capture(self, module, self._datamodule, self._active_callbacks, self._run, weights_only)
             if self.is_global_zero and wait:
                 self._writer.write(filepath, captured, then)
@@ -397,6 +398,7 @@ class Trainer(TrainerView):
 
     def _tear_down(self, verb: str, outcome: str, first: BaseException | None) -> None:
         module, datamodule = self.lightning_module, self._datamodule
+        self._close_account(verb, outcome)
         parts: list[Callable[[], object]] = [self._writer.release, self._writer.check]
         parts += [partial(finish, self.profiler, verb), *(partial(each.finalize, outcome) for each in self.loggers)]
         parts += [self._sources.shut_down] if self._sources is not None else []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from leyden.account import TimeAccount
 from leyden.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint, ProgressBar
 from leyden.errors import ConfigurationError, LeydenError, reject
 from leyden.metrics import as_tensors
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from leyden.trainer import Trainer
 
 Counts = list[int | float]
+
+_SHOWN_FROM_S = 1.0  # shorter runs are mostly set-up
 
 
 class TrainerView(ABC):
@@ -115,6 +118,24 @@ class TrainerView(ABC):
     def evaluating(self) -> bool:
         """Whether validation (the sanity check too) or test is running."""
         return self._status.stage in ("validation", "test")
+
+    # Time
+
+    @property
+    def time_account(self) -> TimeAccount:
+        """Where the time of the present or the last `fit` went; an empty one before the first."""
+        return TimeAccount() if self._run is None else self._run.account
+
+    def _close_account(self, verb: str, outcome: str) -> None:
+        """End the account of a `fit`, and print it beneath a progress bar."""
+        if verb != "fit" or self._run is None:
+            return
+        account, bar = self._run.account, self.progress_bar_callback
+        account.stop()
+        # A script that wants no bar wants no account. A trial, or a run of a moment, has no time that could be saved.
+        shown = bar is not None and bar.is_enabled and self.is_global_zero and not self.fast_dev_run
+        if shown and outcome != "failed" and account.total >= _SHOWN_FROM_S and account.steps:
+            print(account.summary())
 
     # Metrics
 

@@ -42,6 +42,7 @@ class Case:
     scheduler: str | None = None
     precision: str = "32-true"
     overflows: tuple[int, ...] = ()  # of all training batches, those whose loss is infinite
+    fused: bool = True  # what the Trainer chooses, and the loop by hand writes into its optimizer
 
     @property
     def steps(self) -> int:
@@ -73,11 +74,11 @@ def make_loader(seed: int = 11, shuffle: bool = True, own_generator: bool = True
     return DataLoader(TensorDataset(inputs, targets), batch_size=BATCH, shuffle=shuffle, generator=generator)
 
 
-def make_optimizer(case: Case, net: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(case: Case, net: nn.Module, fused: bool | None = None) -> torch.optim.Optimizer:
     if case.optimizer == "sgd":
-        return torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+        return torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, fused=fused)
     if case.optimizer == "adamw":
-        return torch.optim.AdamW(net.parameters(), lr=0.01)
+        return torch.optim.AdamW(net.parameters(), lr=0.01, fused=fused)
     return torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=3, history_size=4)
 
 
@@ -113,7 +114,7 @@ def autocast(case: Case) -> Callable[[], Any]:
 def by_hand(case: Case, validation: DataLoader[Any] | None = None) -> Outcome:
     """The loop as one writes it without a framework."""
     found, net, loader, context = Outcome(), make_net(), make_loader(), autocast(case)
-    optimizer = make_optimizer(case, net)
+    optimizer = make_optimizer(case, net, fused=case.fused or None)
     scheduler = make_scheduler(case, optimizer)
     scaler = torch.amp.GradScaler("cpu", enabled=case.precision == "16-mixed")
     torch.manual_seed(5)
@@ -217,6 +218,7 @@ def fit(module: Module, folder: Path, val: DataLoader[Any] | None = None, **opti
         "gradient_clip_val": None if case.clip is None else CLIP[case.clip],
         "gradient_clip_algorithm": case.clip,
         "precision": case.precision,
+        "fused_optimizer": case.fused,
     }
     trainer = leyden.Trainer(**(settings | options))
     torch.manual_seed(5)
@@ -268,6 +270,15 @@ def test_equals_the_loop_by_hand(case: Case, tmp_path: Path) -> None:
     assert_same_training(fit(Module(case), tmp_path), expected)
     initial = make_net().state_dict()
     assert not torch.equal(expected.state["0.weight"], initial["0.weight"])  # something was trained at all
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_without_fused_kernels_equals_the_loop_that_has_none(optimizer: str, precision: str, tmp_path: Path) -> None:
+    case = Case(optimizer, 3, "norm", "step", precision, fused=False)
+    expected = by_hand(case)
+    assert_same_training(fit(Module(case), tmp_path), expected)
+    assert expected.optimizer["param_groups"][0]["fused"] is None
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lbfgs"])

@@ -75,10 +75,10 @@ class Gan(nn.Module):
         on_fake = F.binary_cross_entropy_with_logits(self.discriminator(fake), torch.zeros(len(real), 1))
         return (on_real + on_fake) / 2
 
-    def make_optimizers(self) -> list[torch.optim.Optimizer]:
+    def make_optimizers(self, fused: bool | None = None) -> list[torch.optim.Optimizer]:
         return [
-            torch.optim.Adam(self.generator.parameters(), lr=0.01, betas=(0.5, 0.999)),
-            torch.optim.Adam(self.discriminator.parameters(), lr=0.02, betas=(0.5, 0.999)),
+            torch.optim.Adam(self.generator.parameters(), lr=0.01, betas=(0.5, 0.999), fused=fused),
+            torch.optim.Adam(self.discriminator.parameters(), lr=0.02, betas=(0.5, 0.999), fused=fused),
         ]
 
 
@@ -91,7 +91,7 @@ def gan_loader() -> DataLoader[Any]:
 def gan_by_hand(precision: str, clip: bool, losses: list[Tensor]) -> Gan:
     gan = Gan()
     gan.train()
-    optimizer_g, optimizer_d = gan.make_optimizers()
+    optimizer_g, optimizer_d = gan.make_optimizers(fused=True)
     context, scaler, loader = autocast(precision), make_scaler(precision), gan_loader()
     torch.manual_seed(6)
     for _ in range(EPOCHS):
@@ -310,8 +310,11 @@ class ActorCritic(nn.Module):
         taken = log_probabilities.gather(1, actions[:, None]).squeeze(1)
         return -(taken * (returns - values.detach())).mean(), F.mse_loss(values, returns)
 
-    def make_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [torch.optim.Adam(self.actor.parameters(), lr=0.02), torch.optim.SGD(self.critic.parameters(), lr=0.05)]
+    def make_optimizers(self, fused: bool | None = None) -> list[torch.optim.Optimizer]:
+        return [
+            torch.optim.Adam(self.actor.parameters(), lr=0.02, fused=fused),
+            torch.optim.SGD(self.critic.parameters(), lr=0.05, fused=fused),
+        ]
 
 
 class Episodes(IterableDataset[int]):
@@ -338,7 +341,7 @@ class ActorCriticModule(leyden.LightningModule):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_actor_critic_equals_its_loop_by_hand(precision: str, tmp_path: Path) -> None:
     net, context, scaler = ActorCritic(), autocast(precision), make_scaler(precision)
-    optimizer_a, optimizer_c = net.make_optimizers()
+    optimizer_a, optimizer_c = net.make_optimizers(fused=True)
     torch.manual_seed(6)
     for _ in range(EPISODES):
         with context():

@@ -73,6 +73,7 @@ class ByHand:
         self.module = copy.deepcopy(module)
         made = self.module.configure_optimizers()
         self.optimizer, self.scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
+        self.optimizer.param_groups[0]["fused"] = True  # as the Trainer chooses
 
     def step(self, *batches: Any) -> None:
         self.optimizer.zero_grad()

@@ -17,6 +17,7 @@ from leyden.profilers import (
     Profiler,
     PyTorchProfiler,
     SimpleProfiler,
+    ThroughputProfiler,
     resolve_profiler,
 )
 from profiled import Net, Watcher, batches, make_trainer
@@ -59,6 +60,7 @@ class Notes(Profiler):
         ("simple", SimpleProfiler),
         ("advanced", AdvancedProfiler),
         ("pytorch", PyTorchProfiler),
+        ("throughput", ThroughputProfiler),
     ],
 )
 def test_names_are_resolved(given: str | None, kind: type, tmp_path: Path) -> None:
@@ -72,7 +74,9 @@ def test_a_profiler_is_taken_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", ["simpel", "xla", 1, True, SimpleProfiler])
 def test_other_values_are_refused_with_the_known_names(given: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"Allowed: None, 'simple', 'advanced', 'pytorch', or a leyden"):
+    with pytest.raises(
+        ConfigurationError, match=r"Allowed: None, 'simple', 'advanced', 'pytorch', 'throughput', or a leyden"
+    ):
         resolve_profiler(given)
 
 
@@ -206,4 +210,5 @@ def test_without_profiler_nothing_is_wrapped(tmp_path: Path) -> None:
     assert run.move is None
     assert run.source.around is None
     assert run.validation.sources[0].around is None
-    assert not run.handles[0].optimizer._optimizer_step_pre_hooks
+    hooks = run.handles[0].optimizer._optimizer_step_pre_hooks.values()
+    assert not [hook for hook in hooks if hook.__module__.startswith("leyden.profilers")]

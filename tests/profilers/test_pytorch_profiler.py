@@ -30,7 +30,7 @@ def test_the_trace_holds_the_recorded_batches(tmp_path: Path) -> None:
     profiler = PyTorchProfiler()
     trainer = make_trainer(tmp_path, profiler=profiler, max_epochs=1, accumulate_grad_batches=2)
     trainer.fit(Net(), batches(6), batches(VAL))
-    assert profiler.traces == [tmp_path / "fit-trace-0.json"]
+    assert profiler.traces == [tmp_path / "fit-trace.0.pt.trace.json"]
     found = names(profiler.traces[0])
     # batch 0 is passed over, 1 warms up, 2 to 4 are recorded; of these, only 3 ends a window
     assert {name for name in found if name.startswith("ProfilerStep")} == {f"ProfilerStep#{n}" for n in (2, 3, 4)}
@@ -45,8 +45,8 @@ def test_every_cycle_gives_a_trace(tmp_path: Path) -> None:
     profiler = PyTorchProfiler(tmp_path / "traces", "net", schedule=schedule(wait=0, warmup=1, active=1, repeat=2))
     make_trainer(tmp_path, profiler=profiler, max_epochs=1, limit_val_batches=0).fit(Net(), batches(TRAIN))
     assert sorted(path.name for path in (tmp_path / "traces").iterdir()) == [
-        "fit-net-0.json",
-        "fit-net-1.json",
+        "fit-net.0.pt.trace.json",
+        "fit-net.1.pt.trace.json",
         "fit-net.txt",
     ]
     assert [names(trace)[STEP] for trace in profiler.traces] == [1, 1]
@@ -69,7 +69,7 @@ def test_a_run_that_is_too_short_says_so(tmp_path: Path, capsys: pytest.CaptureF
 def test_evaluation_batches_are_the_steps_of_test(tmp_path: Path) -> None:
     profiler = PyTorchProfiler()
     make_trainer(tmp_path, profiler=profiler).test(Net(), batches(6))
-    assert profiler.traces == [tmp_path / "test-trace-0.json"]
+    assert profiler.traces == [tmp_path / "test-trace.0.pt.trace.json"]
     assert names(profiler.traces[0])["[LightningModule]Net.test_step"] == 3
 
 

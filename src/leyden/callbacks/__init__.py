@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from leyden.callbacks.prediction_writer import BasePredictionWriter
     from leyden.callbacks.preemption import Preemption
     from leyden.callbacks.progress_bar import ProgressBar, RichProgressBar
+    from leyden.callbacks.throughput_monitor import ThroughputMonitor
     from leyden.callbacks.timer import Timer
     from leyden.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
 
@@ -32,6 +33,7 @@ __all__ = [
     "Preemption",
     "ProgressBar",
     "RichProgressBar",
+    "ThroughputMonitor",
     "Timer",
     "WeightAveraging",
 ]
@@ -49,6 +51,7 @@ _MODULES = {
     "Preemption": "preemption",
     "ProgressBar": "progress_bar",
     "RichProgressBar": "progress_bar",
+    "ThroughputMonitor": "throughput_monitor",
     "Timer": "timer",
     "WeightAveraging": "weight_averaging",
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from leyden.callbacks.callback import Callback
 from leyden.data.generators import generator_states, module_generators, owned_generators
 from leyden.errors import CheckpointError, warn
+from leyden.fused import load_optimizer
 from leyden.hooks import overridden
 from leyden.loggers.logger import capture_loggers
 from leyden.metrics_state import capture_metrics, restore_metrics
@@ -119,7 +120,7 @@ def apply_optimizers(run: Run, checkpoint: dict[str, Any], path: str) -> None:
             )
     for handle, state in zip(run.handles, checkpoint["optimizer_states"], strict=True):
         try:
-            handle.optimizer.load_state_dict(state)
+            load_optimizer(handle.optimizer, state)
         except ValueError as error:
             raise CheckpointError(f"{path} does not fit {type(handle.optimizer).__name__}: {error}") from error
     for config, state in zip(run.schedulers, checkpoint["lr_schedulers"], strict=True):

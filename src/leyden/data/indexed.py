@@ -37,8 +37,8 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from leyden.data.generators import generator_states, owned_generators, seed_generators, set_generator_states
-from leyden.data.reader import Position, Reader, Ticket, has_state, shut_down_workers
-from leyden.data.seeded import SeededDataset, WorkerInit, fetcher
+from leyden.data.reader import Position, Reader, Ticket, as_torch, has_state, shut_down_workers
+from leyden.data.seeded import SeededDataset, WorkerInit, as_loaded, fetcher
 from leyden.data.worker import signals_held_back
 from leyden.errors import warn
 from leyden.seed import (
@@ -58,8 +58,9 @@ def is_plain(loader: Any) -> bool:
     """Whether it is torch's `DataLoader` over a map-style dataset, or a subclass that reads as that does.
 
     Those are subclasses that change only how they are made, and torchdata's ``StatefulDataLoader``: it gives the same batches,
-    but its state lacks the random numbers that workers draw.
+    but its state lacks the random numbers that workers draw. `leyden.data.DataLoader` is one as well.
     """
+    loader = as_torch(loader)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return False
     kind = type(loader)
@@ -90,6 +91,8 @@ class IndexedReader(Reader):
         inner = getattr(self._sampler, "sampler", None) if type(self._sampler) is BatchSampler else self._sampler
         self._known = type(inner) in TORCH_SAMPLERS
         self._draws = not draws_nothing(loader.dataset, loader.collate_fn)
+        # workers read ahead by themselves; without them a dataset or a sampler might look at what has been trained
+        self.reads_ahead = loader.num_workers > 0 or (self._known and not self._draws)
         self._own = owned_generators(loader.dataset, loader.collate_fn) if self._draws else {}
         self._samplers: dict[str, Any] = {
             name: owner for name, owner in (("outer", self._sampler), ("inner", inner)) if has_state(owner)
@@ -143,10 +146,11 @@ class IndexedReader(Reader):
 
     def _begin(self) -> dict[str, Any]:
         """What a pass over this loader depends on."""
-        # torch's own samplers draw from torch alone, which saves 5 KB in a checkpoint
         state = torch.default_generator.get_state()
+        own = self.loader.generator  # the loader draws from it instead, so that the other may stand still
         return {
-            "seed": derived_seed(bytes(state.tolist())),
+            "seed": derived_seed(bytes((state if own is None else own.get_state()).tolist())),
+            # torch's own samplers draw from torch alone, which saves 5 KB in a checkpoint
             "random": {"torch": state} if self._known else capture_random_state(),
             **self.rest(),
         }
@@ -234,9 +238,17 @@ def _fed(loader: DataLoader[Any], feed: _Feed, batched: bool) -> DataLoader[Any]
         loader,
         **order,
         dataset=SeededDataset(loader.dataset, loader.collate_fn, batched),
+        collate_fn=as_loaded,
         worker_init_fn=WorkerInit(loader.worker_init_fn) if loader.num_workers else None,
         generator=torch.Generator(),  # its draw must not be one of the program's
     )
+
+
+ARGUMENTS = (
+    "dataset", "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
+    "generator", "prefetch_factor", "persistent_workers", "in_order",
+)  # fmt: skip
+"""The arguments of a `DataLoader` but for those that say in which order it reads."""
 
 
 def rebuilt(loader: DataLoader[Any], **changed: Any) -> DataLoader[Any]:
@@ -246,11 +258,16 @@ def rebuilt(loader: DataLoader[Any], **changed: Any) -> DataLoader[Any]:
         loader: also of a subclass that lacks newer options, such as ``in_order``.
         **changed: arguments of `DataLoader`, a ``batch_sampler`` or a ``sampler`` among them.
     """
-    names = (
-        "dataset", "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
-        "generator", "prefetch_factor", "persistent_workers", "in_order",
-    )  # fmt: skip
-    return DataLoader(**({name: getattr(loader, name) for name in names if hasattr(loader, name)} | changed))
+    return DataLoader(**({name: getattr(loader, name) for name in ARGUMENTS if hasattr(loader, name)} | changed))
+
+
+def order_of(loader: DataLoader[Any]) -> dict[str, Any]:
+    """The arguments that say in which order ``loader`` reads."""
+    if isinstance(loader.dataset, IterableDataset):
+        return {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+    if loader.batch_sampler is None:
+        return {"batch_size": None, "sampler": loader.sampler}
+    return {"batch_sampler": loader.batch_sampler}
 
 
 def _apart(sampler: Any, seed: int) -> Iterator[Any]:

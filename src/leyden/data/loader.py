@@ -21,7 +21,8 @@ from torch.utils.data import (
 
 from leyden.data.combined import CombinedLoader
 from leyden.data.indexed import TORCH_SAMPLERS, is_plain, rebuilt
-from leyden.data.reader import Position, Reader, Ticket
+from leyden.data.prefetch import copies_for, one_ahead
+from leyden.data.reader import Position, Reader, Ticket, as_torch
 from leyden.data.reading import make_reader
 from leyden.errors import DataError, warn
 
@@ -81,7 +82,11 @@ class Source:
         reading = reading if self.around is None else self.around(reading)
         if self.total != math.inf and self.exact:
             following = max(0, int(self.total) - start)  # a restart may find fewer batches than there were
-            for batch, ticket in islice(reading, following):
+            reading = islice(reading, following)
+            copies = copies_for(move, reader, index)
+            if copies is not None:
+                reading, move = one_ahead(reading, copies), None
+            for batch, ticket in reading:
                 self._ticket, self._before = ticket, self._ticket
                 following -= 1
                 yield (batch if move is None else move(batch, index)), following
@@ -230,7 +235,7 @@ def without_shuffle(loader: Any, name: str) -> Any:
         in_order = SequentialSampler(sampler.data_source)
     elif type(sampler) is SubsetRandomSampler:
         in_order = sampler.indices  # of no other sample: the rest may be what is validated on
-    if type(loader) is not DataLoader or type(loader.batch_sampler) is not BatchSampler or in_order is None:
+    if type(as_torch(loader)) is not DataLoader or type(loader.batch_sampler) is not BatchSampler or in_order is None:
         warn(
             "overfit-shuffle",
             f"overfit_batches: the loader of {name} has a sampler or batch sampler of its own, so it goes on drawing batches "

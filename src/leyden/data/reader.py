@@ -39,6 +39,8 @@ class Reader(ABC):
     loader: Any
     only_once = False
     """Whether the loader turned out to be its own iterator, which gives its batches only once."""
+    reads_ahead = False
+    """Whether the batch after the present one may be read before that is trained on: nothing of the user's could tell."""
 
     @abstractmethod
     def read(self, position: Position | None = None, limit: float = math.inf) -> Iterator[tuple[Any, Ticket]]:
@@ -67,6 +69,12 @@ class Reader(ABC):
 
     def shut_down(self) -> None:
         """End worker processes that outlive a pass."""
+
+
+def as_torch(loader: Any) -> Any:
+    """torch's own loader in place of a `leyden.data.DataLoader`, which reads through a reader by itself."""
+    found = getattr(loader, "torch_loader", None)
+    return loader if found is None else found
 
 
 def has_state(value: Any) -> bool:

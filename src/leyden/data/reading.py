@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from leyden.data.combined import CombinedLoader
 from leyden.data.generators import generator_states, owned_generators, set_generator_states
 from leyden.data.indexed import IndexedReader, is_plain
-from leyden.data.reader import Position, Reader, Ticket, has_state, shut_down_workers
+from leyden.data.reader import Position, Reader, Ticket, as_torch, has_state, shut_down_workers
 from leyden.data.seeded import WorkerInit
 from leyden.data.worker import signals_held_back
 from leyden.errors import DataError, warn
@@ -39,6 +39,7 @@ def make_reader(loader: Any, name: str, among_others: bool = False) -> Reader:
     """
     if isinstance(loader, CombinedLoader):
         return CombinedReader(loader, name)
+    loader = as_torch(loader)
     if is_plain(loader):
         return IndexedReader(loader, name)
     if has_state(loader):
@@ -124,7 +125,8 @@ class OpaqueReader(Reader):
 
     def __init__(self, loader: Any, name: str) -> None:
         self.loader = loader
-        if isinstance(loader, DataLoader) and loader.num_workers:
+        self.reads_ahead = isinstance(loader, DataLoader) and loader.num_workers > 0  # as its workers do
+        if self.reads_ahead:
             self.loader = copy.copy(loader)  # the user's own stays as it is
             self.loader.worker_init_fn = WorkerInit(loader.worker_init_fn)
         self._name = name
@@ -210,6 +212,7 @@ class CombinedReader(Reader):
     def __init__(self, loader: CombinedLoader, name: str) -> None:
         self.loader = loader
         self._readers = [make_reader(part, name, among_others=True) for part in loader.flattened]
+        self.reads_ahead = all(reader.reads_ahead for reader in self._readers)
 
     def read(self, position: Position | None = None, limit: float = math.inf) -> Iterator[tuple[Any, Ticket]]:
         """See `Reader.read`."""

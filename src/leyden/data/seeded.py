@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.data import Dataset, get_worker_info
 
+from leyden.data.gather import gathering
 from leyden.data.generators import owned_generators, seed_generators
 from leyden.data.worker import ignore_preemption_signals
 from leyden.seed import seed_all
@@ -24,9 +25,18 @@ def samples_of(dataset: Any, batched: bool) -> Fetch:
 
 
 def fetcher(dataset: Any, collate: Callable[[Any], Any], batched: bool) -> Fetch:
-    """What loads and collates one batch."""
+    """What loads and collates one batch in the pass that begins now."""
     samples = samples_of(dataset, batched)
-    return lambda indices: collate(samples(indices))
+
+    def fetch(indices: Any) -> Any:
+        return collate(samples(indices))
+
+    return gathering(dataset, collate, fetch) if batched else fetch
+
+
+def as_loaded(batch: Any) -> Any:
+    """The ``collate_fn`` over a `SeededDataset`, whose batches are collated already."""
+    return batch
 
 
 class SeededDataset(Dataset[Any]):
@@ -40,17 +50,17 @@ class SeededDataset(Dataset[Any]):
         self.dataset = dataset
         self._collate = collate
         self._batched = batched
-        self._samples: Fetch | None = None  # made in the worker, where it is used
+        self._fetch: Fetch | None = None  # made in the worker, where it is used
         self._own: dict[str, Any] = {}
 
     def __getitem__(self, tagged: tuple[int, Any]) -> Any:
         seed, indices = tagged
-        if self._samples is None:
-            self._samples = samples_of(self.dataset, self._batched)
+        if self._fetch is None:
+            self._fetch = fetcher(self.dataset, self._collate, self._batched)
             self._own = owned_generators(self.dataset, self._collate)
         seed_all(seed)
         seed_generators(self._own, seed)
-        return self._samples(indices)
+        return self._fetch(indices)
 
     __getitems__ = __getitem__
 

@@ -53,8 +53,27 @@ def move_to_device(batch: Batch, device: torch.device | str | int, dtype: torch.
     def convert(tensor: Tensor) -> Tensor:
         return _convert(tensor, target, dtype)
 
+    return converted(batch, target, dtype, convert)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceMove:
+    """What brings a batch to a device where no hook takes part: `move_to_device`, whichever loader the batch is of."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+
+    def __call__(self, batch: Any, index: int) -> Any:
+        """Return the batch on the device; ``index`` is the number of its loader among several."""
+        return move_to_device(batch, self.device, self.dtype)
+
+
+def converted(
+    batch: Batch, device: torch.device, dtype: torch.dtype | None, convert: Callable[[Tensor], Tensor]
+) -> Batch:
+    """Return ``batch`` as `move_to_device` does, with ``convert`` of each of its tensors; the rest is moved by its own ``to``."""
     try:
-        return cast(Batch, _move(batch, target, dtype, convert))
+        return cast(Batch, _move(batch, device, dtype, convert))
     except RecursionError as error:
         raise DataError(
             f"The batch of type {type(batch).__name__} contains itself, or is nested too deeply to be moved. "

@@ -12,8 +12,16 @@ if TYPE_CHECKING:
     from leyden.profilers.profiler import PassThroughProfiler, Profiler
     from leyden.profilers.pytorch import PyTorchProfiler
     from leyden.profilers.simple import SimpleProfiler
+    from leyden.profilers.throughput import ThroughputProfiler
 
-__all__ = ["AdvancedProfiler", "PassThroughProfiler", "Profiler", "PyTorchProfiler", "SimpleProfiler"]
+__all__ = [
+    "AdvancedProfiler",
+    "PassThroughProfiler",
+    "Profiler",
+    "PyTorchProfiler",
+    "SimpleProfiler",
+    "ThroughputProfiler",
+]
 
 _MODULES = {
     "AdvancedProfiler": "advanced",
@@ -21,15 +29,21 @@ _MODULES = {
     "Profiler": "profiler",
     "PyTorchProfiler": "pytorch",
     "SimpleProfiler": "simple",
+    "ThroughputProfiler": "throughput",
 }
-_NAMES = {"simple": "SimpleProfiler", "advanced": "AdvancedProfiler", "pytorch": "PyTorchProfiler"}
+_NAMES = {
+    "simple": "SimpleProfiler",
+    "advanced": "AdvancedProfiler",
+    "pytorch": "PyTorchProfiler",
+    "throughput": "ThroughputProfiler",
+}
 
 
 def resolve_profiler(profiler: object) -> Profiler:
     """Turn the Trainer's ``profiler`` argument into a `Profiler`.
 
     Args:
-        profiler: None, "simple", "advanced", "pytorch", or a `Profiler`.
+        profiler: None, "simple", "advanced", "pytorch", "throughput", or a `Profiler`.
 
     Returns:
         The profiler; for None one that measures nothing.

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, ClassVar
 
 from torch.utils.hooks import RemovableHandle
 
@@ -26,6 +27,9 @@ class Profiler(ABC):
         filename: its name without ending, preceded by the verb: ``fit-{filename}.txt``. If neither is given, the report
             is printed.
     """
+
+    wants_actions: ClassVar[bool] = True
+    """Whether steps and hooks are wrapped. If not, `start` and `stop` are called for whole evaluations and saves only."""
 
     _dirpath: str | os.PathLike[str] | None = None
     _filename: str | None = None
@@ -63,6 +67,16 @@ class Profiler(ABC):
             yield action
         finally:
             self.stop(action)
+
+    def begin(self, module: Any) -> None:
+        """Called when a verb's steps are set up, before its first batch; ``module.trainer`` is the Trainer."""
+
+    def begin_batch(self, batch: Any) -> None:
+        """Called with each batch on the device, before its step: of training in `fit`, else of the evaluation."""
+
+    def end_batch(self, batch: Any) -> None:
+        """Called with each batch when it is done; goes on to `step`."""
+        self.step()
 
     def step(self) -> None:
         """Called at the end of each batch: of training in `fit`, else of the evaluation."""

@@ -12,17 +12,26 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from leyden.errors import ConfigurationError, did_you_mean
+from leyden.errors import ConfigurationError, did_you_mean, reject
 from leyden.profilers.profiler import Profiler, not_started
 
 _OWN = ("activities", "schedule", "on_trace_ready")
+_COLUMNS = tuple(
+    f"{own}{device}_{what}"
+    for what in ("time_total", "memory_usage")
+    for own in ("", "self_")
+    for device in ("cpu", "device", "cuda", "xpu")
+)
+_SORTABLE = (*_COLUMNS, "cpu_time", "device_time", "cuda_time", "xpu_time", "count", "flops")
 
 
 class PyTorchProfiler(Profiler):
     """Runs `torch.profiler.profile`: operations, device kernels and the Trainer's actions on one time line.
 
     A step of the schedule is a batch: of training in `fit`, else of the evaluation. Each recorded cycle gives a Chrome trace,
-    ``{verb}-trace-{n}.json`` in the log folder, for https://ui.perfetto.dev or chrome://tracing.
+    ``{verb}-trace.{n}.pt.trace.json`` in the log folder, for https://ui.perfetto.dev or chrome://tracing. The ending is that
+    which TensorBoard's profiler plugin (torch-tb-profiler) looks for in ``--logdir``; the cycles of one verb are then the
+    spans of one worker.
 
     Args:
         dirpath: the folder of traces and report; default: the run's log folder.
@@ -31,14 +40,17 @@ class PyTorchProfiler(Profiler):
             recorded, once.
         activities: default: the CPU, and CUDA where it is there.
         sort_by: the column of torch's table that the report is sorted by; default: time on the device, or the CPU.
-        row_limit: rows of the report.
-        **torch_options: further arguments of `torch.profiler.profile`, such as ``record_shapes`` and ``with_stack``.
+        row_limit: rows of the report; -1 for all.
+        on_trace_ready: called with torch's profiler after each recorded cycle, when its trace is written.
+        **torch_options: further arguments of `torch.profiler.profile`, such as ``record_shapes``, ``profile_memory``,
+            ``with_flops`` and ``with_stack``; the report has columns for memory and FLOPs then.
 
     Attributes:
         traces: the files written since the verb began.
 
     Raises:
-        ConfigurationError: for an option that `torch.profiler.profile` does not know.
+        ConfigurationError: for an option that `torch.profiler.profile` does not know, a column that its table does not have, and
+            other arguments that would only fail when the trace is there.
     """
 
     def __init__(
@@ -49,6 +61,7 @@ class PyTorchProfiler(Profiler):
         activities: list[ProfilerActivity] | None = None,
         sort_by: str | None = None,
         row_limit: int = 20,
+        on_trace_ready: Callable[[profile], object] | None = None,
         **torch_options: Any,
     ) -> None:
         super().__init__(dirpath, filename)
@@ -59,6 +72,18 @@ class PyTorchProfiler(Profiler):
                     f"PyTorchProfiler({option}=…): torch.profiler.profile has no such option. "
                     f"Allowed: {', '.join(known)}.{did_you_mean(option, known)}"
                 )
+        if sort_by is not None and sort_by not in _SORTABLE:
+            reject("sort_by", sort_by, ", ".join(map(repr, _SORTABLE)), did_you_mean(str(sort_by), _SORTABLE))
+        if type(row_limit) is not int or row_limit < -1:
+            reject("row_limit", row_limit, "an integer ≥ 0, or -1 for all rows")
+        for name, value in (("schedule", schedule), ("on_trace_ready", on_trace_ready)):
+            if value is not None and not callable(value):
+                reject(
+                    name,
+                    value,
+                    "a function; torch.profiler.schedule(...) makes a schedule" if name == "schedule" else "a function",
+                )
+        self._on_trace_ready = on_trace_ready
         self._schedule = schedule or _one_cycle()
         self._activities = activities or [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if _has_cuda() else [])]
         self._sort_by = sort_by or ("device_time_total" if _has_cuda() else "cpu_time_total")
@@ -129,7 +154,9 @@ class PyTorchProfiler(Profiler):
     def _keep(self, torch_profiler: profile) -> None:
         try:
             self._write(torch_profiler)
-        except (OSError, RuntimeError) as error:
+            if self._on_trace_ready is not None:
+                self._on_trace_ready(torch_profiler)
+        except Exception as error:  # noqa: BLE001 nothing is swallowed
             self._failure = error  # raised when torch's profiler is in a state that it can go on from
 
     def _raise_failure(self) -> None:
@@ -141,7 +168,7 @@ class PyTorchProfiler(Profiler):
         table = torch_profiler.key_averages().table(sort_by=self._sort_by, row_limit=self._row_limit)
         folder = self._dirpath if self._dirpath is not None else self._log_dir
         if folder is not None:
-            path = Path(folder, self._file("json", "trace").replace(".json", f"-{len(self.traces)}.json"))
+            path = Path(folder, self._file(f"{len(self.traces)}.pt.trace.json", "trace"))
             path.parent.mkdir(parents=True, exist_ok=True)
             torch_profiler.export_chrome_trace(str(path))
             self.traces.append(path)

@@ -18,6 +18,11 @@ def measures(profiler: Profiler) -> bool:
     return not isinstance(profiler, PassThroughProfiler)
 
 
+def listens(profiler: Profiler) -> bool:
+    """Whether the beginning of batches matters to this profiler."""
+    return type(profiler).begin_batch is not Profiler.begin_batch
+
+
 def finish(profiler: Profiler, verb: str) -> None:
     """End a verb's measurement and report it."""
     while profiler.wired:
@@ -28,14 +33,14 @@ def finish(profiler: Profiler, verb: str) -> None:
 
 def hooks_of(profiler: Profiler) -> Callable[[Any, str, Hook], Hook] | None:
     """What a `Resolver` wraps each hook in: given its owner, its name and the hook. None wraps nothing."""
-    if not measures(profiler):
+    if not (measures(profiler) and profiler.wants_actions):
         return None
     return lambda owner, name, hook: profiled(profiler, action_name(owner, name), hook)
 
 
 def batches_of(profiler: Profiler) -> Callable[[Iterator[Any]], Iterator[Any]] | None:
     """What a loader's iterator is wrapped in. None wraps nothing."""
-    if not measures(profiler):
+    if not (measures(profiler) and profiler.wants_actions):
         return None
     return lambda iterator: ProfiledBatches(iterator, profiler)
 
@@ -44,7 +49,13 @@ def profile_run(run: Run, profiler: Profiler) -> None:
     """Measure the training step, backward, the optimizers, batches on their way to the device, and whole batches."""
     if not measures(profiler):
         return
-    module = run.module
+    module, hooks = run.module, run.hooks
+    profiler.begin(module)
+    if listens(profiler):
+        hooks.on_train_batch_start = (lambda batch, *_: profiler.begin_batch(batch), *hooks.on_train_batch_start)
+    hooks.on_train_batch_end = (*hooks.on_train_batch_end, lambda _, batch, *__: profiler.end_batch(batch))
+    if not profiler.wants_actions:
+        return
     run.training_step = profiled(profiler, action_name(module, "training_step"), run.training_step)
     run.backward = profiled(profiler, "backward", run.backward)
     run.move = profiled(profiler, "batch_to_device", run.move) if run.move is not None else None
@@ -56,7 +67,6 @@ def profile_run(run: Run, profiler: Profiler) -> None:
         # torch's own hooks: they see the step wherever it is called from, the loop, a scaler or the user
         profiler.wired.append(handle.optimizer.register_step_pre_hook(lambda *_: profiler.start("optimizer_step")))
         profiler.wired.append(handle.optimizer.register_step_post_hook(lambda *_: profiler.stop("optimizer_step")))
-    run.hooks.on_train_batch_end = (*run.hooks.on_train_batch_end, lambda *_: profiler.step())
 
 
 def profile_evaluation(run: Evaluation, profiler: Profiler) -> None:
@@ -64,12 +74,16 @@ def profile_evaluation(run: Evaluation, profiler: Profiler) -> None:
     if not measures(profiler):
         return
     hooks, action = run.hooks, "sanity_check" if run.status.sanity else run.stage
-    run.step = profiled(profiler, action_name(run.module, f"{run.stage}_step"), run.step)
-    run.move = profiled(profiler, "batch_to_device", run.move) if run.move is not None else None
     hooks.model_eval = (lambda: profiler.start(action), *hooks.model_eval)
     hooks.end = (*hooks.end, lambda: profiler.stop(action))
     if run.status.verb != "fit":
-        hooks.batch_end = (*hooks.batch_end, lambda *_: profiler.step())
+        profiler.begin(run.module)
+        if listens(profiler):
+            hooks.batch_start = (lambda batch, *_: profiler.begin_batch(batch), *hooks.batch_start)
+        hooks.batch_end = (*hooks.batch_end, lambda _, batch, *__: profiler.end_batch(batch))
+    if profiler.wants_actions:
+        run.step = profiled(profiler, action_name(run.module, f"{run.stage}_step"), run.step)
+        run.move = profiled(profiler, "batch_to_device", run.move) if run.move is not None else None
 
 
 def action_name(owner: Any, name: str) -> str:

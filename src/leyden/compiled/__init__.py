@@ -1,0 +1,5 @@
+"""`Trainer(compile=...)`: the whole training step as one graph."""
+
+from leyden.compiled.step import CompiledStep
+
+__all__ = ["CompiledStep"]

@@ -1,0 +1,126 @@
+"""torch's compiler, with what leyden asks of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leyden.errors import warn
+
+MANY_GRAPHS = 8
+"""Graphs of one run from which on a warning asks why there are so many."""
+
+
+class Compiler:
+    """Makes graphs by TorchDynamo and TorchInductor, and counts them.
+
+    Random numbers in graphs are those that eager would draw (inductor's ``fallback_random``).
+
+    Args:
+        device: where the graphs run; on CUDA they are recorded as CUDA graphs.
+        note: is told the seconds of each compilation.
+
+    Attributes:
+        graphs: how many were compiled.
+        seconds: that it took.
+        errors: what a compilation raises if it cannot be done.
+    """
+
+    def __init__(self, device: torch.device, note: Callable[[float], None] = lambda seconds: None) -> None:
+        from torch._dynamo.exc import TorchDynamoException
+
+        self.errors = (TorchDynamoException,)
+        self.graphs = 0
+        self.seconds = 0.0
+        self._note = note
+        self._options: dict[str, Any] = {"fallback_random": True}
+        if device.type == "cuda":
+            self._options["triton.cudagraphs"] = True
+        self._warned = False
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile a function into one graph; what cannot be one raises one of ``errors`` when it is called."""
+        return torch.compile(function, fullgraph=True, backend=self.backend)
+
+    def compile_in_parts(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile a function into as many graphs as it needs."""
+        return torch.compile(function, backend=self.backend)
+
+    def backend(self, graph: Any, inputs: list[Any]) -> Any:
+        """Compile what TorchDynamo has captured."""
+        from torch._inductor.compile_fx import compile_fx
+
+        self.graphs += 1
+        return compile_fx(graph, inputs, config_patches=self._options)
+
+    def note_seconds(self, seconds: float) -> None:
+        """Note how long a compilation took."""
+        self.seconds += seconds
+        self._note(seconds)
+
+    def look_at_recompilation(self) -> None:
+        """Warn, once, if graphs are made again and again."""
+        if self.graphs < MANY_GRAPHS or self._warned:
+            return
+        self._warned = True
+        warn(
+            "recompilations",
+            f"compile: {self.graphs} graphs were compiled so far, the last one because {_last_reason()}. A Python number that "
+            "changes from step to step makes a graph for each value: make it a tensor, or leave it out of the step.",
+        )
+
+    @staticmethod
+    def mark_dynamic(batch: Any) -> None:
+        """Let the sizes of a batch's tensors be variables of the graph."""
+        for tensor in _tensors(batch):
+            for dimension in range(tensor.dim()):
+                torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
+@contextmanager
+def compiler_switches() -> Iterator[None]:
+    """Set, for one verb, what the compiler needs to make one graph of a whole step."""
+    import torch._dynamo
+    import torch.compiler.config
+
+    with ExitStack() as stack:
+        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            stack.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
+        # batch_idx is another number in each call, and not a constant of the first
+        stack.enter_context(torch.compiler.config.patch(dynamic_sources="L['batch_idx']"))
+        yield
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def reason_of(error: BaseException) -> str:
+    """What a compilation says about why it failed, in words that end a sentence: the cause and the line of the user."""
+    text = str(error)
+    if found := re.search(r"CaptureError\(['\"](.+?)['\"]\)", text):
+        return found[1]
+    first = next((line.strip().rstrip(".") for line in text.splitlines() if line.strip()), type(error).__name__)
+    explanation = re.search(r"Explanation: (.+?)\.?$", text, re.MULTILINE)
+    lines = re.findall(r'File "([^"]+)", line (\d+), in', text.partition("from user code")[2])
+    own = [place for place in lines if "/leyden/" not in place[0]] or lines
+    place = f" ({own[-1][0]}:{own[-1][1]})" if own else ""
+    return f"{first}{': ' + explanation[1] if explanation else ''}{place}"
+
+
+def _last_reason() -> str:
+    from torch._dynamo.utils import get_compilation_metrics
+
+    reasons = [each.recompile_reason for each in get_compilation_metrics() if each.recompile_reason]
+    return reasons[-1] if reasons else "of another shape"

@@ -1,0 +1,354 @@
+"""`Trainer(compile=True)`: training steps as graphs, checked against eager, given up with a stated reason."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+from leyden.compiled.backend import Compiler, reason_of
+from leyden.compiled.check import UPDATE_FACTOR, Snapshot, relative, to_host, tolerance
+from leyden.compiled.graph import Clip, LossScale, Recorder, Result, StepBody
+from leyden.compiled.updates import CHANGED, CaptureError, Update, make_update
+from leyden.errors import warn
+from leyden.run import Run, detached, loss_of
+
+MAX_STATIC_SHAPES = 4
+"""Shapes of batches that get a graph of their own; for others there is one in which the sizes are variables."""
+ANY = "any"
+
+Shape = Any
+"""The sizes of all tensors of a batch, in its structure."""
+
+
+class CompiledStep:
+    """Trains on batches by graphs: one for each shape of batch, and one for all other shapes when there are four.
+
+    The optimizer's first step is eager, because it makes its state. When a graph is used for the first time, the step is made
+    twice from the same state, in eager and by the graph; if they differ by more than `leyden.compiled.check.TOLERANCES`, or
+    the step cannot be captured, a warning says so, and what can be compiled is: the forward pass.
+
+    Which batches are trained on by which graph depends on the batches before them alone, and is part of a checkpoint, so that
+    a run that goes on from one makes the same steps.
+
+    Args:
+        run: which it takes steps for.
+        clip: how gradients are clipped, or None.
+        compiler: makes the graphs.
+
+    Attributes:
+        given_up: why there is no graph, in words that end a sentence; None if there is nothing in the way.
+        largest_difference: to eager, of what was compared.
+    """
+
+    def __init__(self, run: Run, clip: Clip | None, compiler: Compiler) -> None:
+        self._run = run
+        self._clip = clip
+        self._compiler = compiler
+        self._recorder = Recorder()
+        self._update: Update | None = None
+        self._body: StepBody | None = None
+        self._static: list[Shape] = []
+        self._graphs: dict[Shape, Callable[..., Result]] = {}
+        self._checked: set[tuple[Shape, bool, bool]] = set()
+        self._takes_window = False
+        self.given_up: str | None = None
+        self.largest_difference = 0.0
+
+    def is_ready(self) -> bool:
+        """Whether a graph trains on the next batch: not before the optimizer has made its state, nor after giving up."""
+        progress = self._run.progress
+        if progress.micro_batch == 0:
+            self._takes_window = self.given_up is None and progress.global_step > 0 and _has_state(self._run)
+        return self._takes_window
+
+    def train_on(self, batch: Any, batch_idx: int) -> Any:
+        """Train on a batch: all from the forward pass to the schedulers; return what callbacks get of it."""
+        run = self._run
+        if self._update is not None and not self._update.is_current():
+            return self._start_over(batch, batch_idx)  # parameters or state are not those that the graphs know
+        if self._body is None or (run.window > 1 and not self._body.gradients):
+            try:
+                self._begin()
+            except CaptureError as error:
+                return self._give_up(str(error), batch, batch_idx)
+        first, last = run.progress.micro_batch == 0, run.progress.micro_batch + 1 == run.window
+        shape = self._shape_of_graph(batch)
+        if (shape, first, last) not in self._checked:
+            return self._first_use(shape, first, last, batch, batch_idx)
+        graphs = self._compiler.graphs
+        try:
+            result = self._call(shape, first, last, batch, batch_idx)
+        except self._compiler.errors as error:  # it was to be compiled anew; nothing of the step is done
+            return self._not_captured(reason_of(error), batch, batch_idx)
+        if self._compiler.graphs != graphs:
+            self._compiler.look_at_recompilation()
+        return self._settle(result, first, last)
+
+    # A step by a graph
+
+    def _call(self, shape: Shape, first: bool, last: bool, batch: Any, batch_idx: int) -> Result:
+        run, attributes = self._run, self._run.module.__dict__
+        assert self._update is not None
+        if last:
+            self._update.before_step()
+        metrics, self._recorder.calls = attributes["_metrics"], []
+        attributes["_metrics"] = None if metrics is None else self._recorder
+        try:
+            return self._graphs[shape](batch, batch_idx, run.window, first, last)
+        finally:
+            attributes["_metrics"] = metrics
+
+    def _settle(self, result: Result, first: bool, last: bool) -> Any:
+        """Log and count what was done, as `loop.forward_backward` and `loop.optimizer_step` do."""
+        run, progress = self._run, self._run.progress
+        for call in self._recorder.calls:
+            run.metrics.log(*call)
+        run.loss = result.loss
+        if result.loss is None:
+            progress.skipped_batches += 1
+            return None
+        if not last:
+            progress.micro_batch += 1
+            if first and self._body is not None and self.given_up is None:
+                self._body.show_gradients()
+            return result.output
+        progress.micro_batch = 0
+        run.stepped = True
+        run.moved = result.overflowed is None or not bool(result.overflowed)  # bool() waits for the device
+        if run.moved and self._update is not None:
+            self._update.after_step(result.left_alone)
+        progress.global_step += 1
+        if run.moved and run.step_schedulers:
+            run.step_schedulers_after_step()
+        return result.output
+
+    def _shape_of_graph(self, batch: Any) -> Shape:
+        shape = shape_of(batch)
+        if shape not in self._graphs:
+            if shape not in self._static and len(self._static) == MAX_STATIC_SHAPES:
+                self._compiler.mark_dynamic(batch)
+                shape = ANY
+            elif shape not in self._static:
+                self._static.append(shape)
+            if shape not in self._graphs:
+                self._graphs[shape] = self._new_graph()
+        return shape
+
+    def _new_graph(self) -> Callable[..., Result]:
+        # With a code object of its own: the compiler keeps its graphs by code, and tries one after the other.
+        body = StepBody.__call__
+        function = FunctionType(body.__code__.replace(), body.__globals__, "training_step")
+        return self._compiler.compile(MethodType(function, self._body))
+
+    # The first use of a graph
+
+    def _begin(self) -> None:
+        run = self._run
+        assert run.optimizer is not None
+        run.optimizer.zero_grad()  # a graph keeps none
+        self._graphs.clear()
+        self._checked.clear()
+        self._update = make_update(run.optimizer)
+        self._body = StepBody(
+            training_step=run.training_step,
+            arity=run.arity,
+            context=run.step_context,
+            update=self._update,
+            clip=self._clip,
+            scale=LossScale(run.scaler.scaler, run.device) if run.scaler is not None else None,
+            wants_output=run.wants_outputs,
+            gradients=[torch.zeros_like(each) for each in self._update.parameters] if run.window > 1 else [],
+        )
+
+    def _first_use(self, shape: Shape, first: bool, last: bool, batch: Any, batch_idx: int) -> Any:
+        """Make the step in eager and by the graph, compare, and keep the graph's."""
+        assert self._body is not None
+        before = Snapshot(self._run, self._body.tensors())
+        wanted = self._eager(first, last, batch, batch_idx)
+        wanted_calls, wanted_tensors = self._recorder.calls, to_host(before.tensors)
+        before.put_back()
+        start = time.perf_counter()
+        try:
+            result = self._call(shape, first, last, batch, batch_idx)
+        except self._compiler.errors as error:
+            before.put_back()
+            return self._not_captured(reason_of(error), batch, batch_idx)
+        self._compiler.note_seconds(time.perf_counter() - start)
+        differences = before.differences(wanted_tensors)
+        differences.update(_of_values(result, wanted, self._recorder.calls, wanted_calls))
+        self.largest_difference = max(self.largest_difference, *differences.values())
+        name, ratio = _worst(differences, tolerance(self._run))
+        if not ratio <= 1:  # nan too
+            before.put_back()
+            return self._give_up(
+                f"the first compiled step differs from the eager one: {name} by {differences[name]:.1e}, "
+                f"{ratio:.1f} times the tolerance",
+                batch,
+                batch_idx,
+            )
+        self._checked.add((shape, first, last))
+        return self._settle(result, first, last)
+
+    def _eager(self, first: bool, last: bool, batch: Any, batch_idx: int) -> Result:
+        """The same step without a graph, by torch's own optimizer, clipping and loss scaler."""
+        run, attributes = self._run, self._run.module.__dict__
+        assert run.optimizer is not None
+        metrics, self._recorder.calls = attributes["_metrics"], []
+        attributes["_metrics"] = None if metrics is None else self._recorder
+        try:
+            with run.step_context:
+                output = run.training_step(*(batch, batch_idx)[: run.arity])
+        finally:
+            attributes["_metrics"] = metrics
+        loss = loss_of(output)
+        if loss is None:
+            return Result(None, None, None, [])
+        if first:
+            run.optimizer.zero_grad()
+        if run.window > 1:
+            loss = loss / run.window
+        (loss if run.scaler is None else run.scaler.scale(loss)).backward()
+        if first and not last and self._body is not None:
+            self._body.take_gradients()
+        overflowed = None
+        if last:
+            if run.scaler is not None:
+                run.scaler.unscale(run.optimizer)
+            if run.clip is not None:
+                run.clip(run.optimizer)
+            if run.scaler is None:
+                run.optimizer.step()
+            else:
+                overflowed = torch.tensor(not run.scaler.step(run.optimizer))
+                run.scaler.update()
+            run.optimizer.zero_grad()
+        return Result(loss.detach(), detached(output) if run.wants_outputs else None, overflowed, [])
+
+    def _not_captured(self, reason: str, batch: Any, batch_idx: int) -> Any:
+        if reason == CHANGED:
+            return self._start_over(batch, batch_idx)
+        return self._give_up(reason, batch, batch_idx)
+
+    def _give_up(self, reason: str, batch: Any, batch_idx: int) -> Any:
+        """Train on this batch in eager, and on the next ones with a compiled forward pass."""
+        self.given_up = reason
+        output = self._start_over(batch, batch_idx)
+        compile_forward(self._run, self._compiler, reason)
+        return output
+
+    def _start_over(self, batch: Any, batch_idx: int) -> Any:
+        """Train on this batch in eager and forget the graphs."""
+        progress = self._run.progress
+        first, last = progress.micro_batch == 0, progress.micro_batch + 1 == self._run.window
+        result = self._eager(first, last, batch, batch_idx)
+        self._takes_window, self._update, self._body = False, None, None
+        self._graphs.clear()
+        self._checked.clear()
+        return self._settle(result, first, last)
+
+    # A checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """The shapes that have a graph of their own."""
+        return {"shapes": list(self._static)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the shapes of `state_dict`."""
+        self._static = [_hashable(shape) for shape in state["shapes"]]
+
+
+def _has_state(run: Run) -> bool:
+    """Whether the optimizer has made its state, or has none."""
+    optimizer = run.optimizer
+    assert optimizer is not None
+    plain_sgd = type(optimizer).step is SGD.step and not any(group["momentum"] for group in optimizer.param_groups)
+    return bool(optimizer.state) or plain_sgd
+
+
+def shape_of(value: Any) -> Shape:
+    """The sizes of all tensors in ``value``, in its structure."""
+    if isinstance(value, Tensor):
+        return value.shape
+    if isinstance(value, (list, tuple)):
+        return tuple([shape_of(part) for part in value])
+    if isinstance(value, dict):
+        return tuple([(name, shape_of(part)) for name, part in value.items()])
+    return None
+
+
+def _hashable(shape: Any) -> Shape:
+    return tuple([_hashable(part) for part in shape]) if isinstance(shape, (list, tuple)) else shape
+
+
+def _of_values(result: Result, wanted: Result, calls: list[Any], wanted_calls: list[Any]) -> dict[str, float]:
+    """How far the loss and the logged values are from those of eager."""
+    if [call[0] for call in calls] != [call[0] for call in wanted_calls] or (result.loss is None) != (wanted.loss is None):
+        return {"the names of logged values": float("inf")}
+    found = {
+        f"logged value {call[0]!r}": relative(call[1], other[1])
+        for call, other in zip(calls, wanted_calls, strict=True)
+    }
+    return {"loss": 0.0 if result.loss is None else relative(result.loss, wanted.loss), **found}
+
+
+def _worst(differences: dict[str, float], allowed: float) -> tuple[str, float]:
+    """The difference that is largest in relation to its tolerance, and that relation; NaN counts as largest."""
+    ratios = {
+        name: value / (allowed * UPDATE_FACTOR if name == "update" else allowed) for name, value in differences.items()
+    }
+    worst = max(ratios, key=lambda name: float("inf") if ratios[name] != ratios[name] else ratios[name])
+    return worst, ratios[worst]
+
+
+def compile_children(run: Run, compiler: Compiler) -> None:
+    """Compile what `training_step` calls, where it steps its optimizers itself or is called by an optimizer: the submodules."""
+    children = list(run.module.children())
+    names = ", ".join(type(child).__name__ for child in children)
+    warn(
+        "compile",
+        f"The whole training step cannot be one graph: it is stepped by {run.mode.value}. Its submodules are compiled, each for "
+        f"itself: {names}.",
+    )
+    for child in children:
+        child.compile(backend=compiler.backend)
+
+
+def compile_forward(run: Run, compiler: Compiler, reason: str) -> None:
+    """Compile `training_step` in as many graphs as it needs, and say why it is not the whole step."""
+    warn("compile", f"The whole training step cannot be one graph: {reason}. Only its forward and backward pass are compiled.")
+    run.training_step = ForwardStep(run, compiler)
+
+
+class ForwardStep:
+    """A compiled `training_step`: the forward pass and its backward pass in graphs, all else in eager."""
+
+    def __init__(self, run: Run, compiler: Compiler) -> None:
+        self._run = run
+        self._compiler = compiler
+        self._recorder = Recorder()
+        self._eager = run.training_step
+        self._step: Callable[..., Any] = compiler.compile_in_parts(run.training_step)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Compute the loss."""
+        attributes = self._run.module.__dict__
+        metrics, self._recorder.calls = attributes["_metrics"], []
+        attributes["_metrics"] = None if metrics is None else self._recorder
+        try:
+            output = self._step(*arguments)
+        except self._compiler.errors as error:
+            warn("compile", f"training_step cannot be compiled: {reason_of(error)}. It runs in eager.")
+            self._run.training_step = self._step = self._eager
+            self._recorder.calls = []
+            output = self._eager(*arguments)
+        finally:
+            attributes["_metrics"] = metrics
+        for call in self._recorder.calls:
+            metrics.log(*call)
+        return output
