@@ -19,6 +19,8 @@ from leyden.account import (
     TimeAccount,
 )
 from leyden.data.combined import CombinedLoader
+from leyden.data.prefetch import copies_for
+from leyden.data.transfer import DeviceMove
 from leyden.progress import Progress
 
 CORES = 8
@@ -151,6 +153,25 @@ def test_a_function_can_be_counted_wherever_it_is_called() -> None:
     account.lap("waiting for data")
     assert (account.transfer_s, account.data_s) == (2, 1)
     assert counted.__wrapped__ is move  # type: ignore[attr-defined]
+
+
+def test_copies_that_begin_ahead_of_time_are_counted_as_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    account, clock = begun()
+
+    class Copies:
+        def __init__(self, *_: Any) -> None: ...
+
+        def start(self, batch: Any) -> Any:
+            clock.now += 2
+            return lambda: batch
+
+    monkeypatch.setattr("leyden.data.prefetch.CudaCopies", Copies)
+    reader: Any = SimpleNamespace(reads_ahead=True)
+    move = account.timed("host to device", DeviceMove(torch.device("cuda"), None))
+    begin = copies_for(move, reader, 0)
+    assert begin is not None
+    assert begin(7)() == 7
+    assert account.transfer_s == 2
 
 
 def test_an_account_that_was_stopped_counts_nothing_more() -> None:

@@ -33,6 +33,12 @@ SURFACE = {
         "Timer",
         "WeightAveraging",
     ],
+    "leyden.data": [
+        "CombinedLoader",
+        "DataLoader",
+        "batch_size_of",
+        "move_to_device",
+    ],
     "leyden.loggers": [
         "CSVLogger",
         "Logger",

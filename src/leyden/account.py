@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -134,12 +134,17 @@ class TimeAccount:
         return self.clock
 
     def timed(self, part: Part, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, counted as ``part``; the function itself is its ``__wrapped__``."""
+        """The same function, counted as ``part``.
+
+        The function itself is its ``__wrapped__``; its ``around`` counts others as the same part, such as copies that begin
+        ahead of time.
+        """
 
         def counted(*args: Any) -> Any:
             with self.spent_on(part):
                 return function(*args)
 
+        counted.around = partial(self.timed, part)  # type: ignore[attr-defined]
         return update_wrapper(counted, function, assigned=(), updated=())
 
     def lap(self, part: Part) -> None:

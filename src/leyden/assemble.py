@@ -18,14 +18,14 @@ from leyden.data.loader import Move, Source
 from leyden.data.transfer import DeviceMove, move_to_device
 from leyden.datamodule import LightningDataModule
 from leyden.errors import ConfigurationError, HookError, NonFiniteError, reject, warn
-from leyden.fused import choose_kernels
+from leyden.fused import KernelChoice, choose_kernels
 from leyden.hooks import Resolver, check_names, overridden, step_arity
 from leyden.metrics import Metrics
 from leyden.module import LightningModule
 from leyden.optimizers import LightningOptimizer, clip_gradients, needs_closure, normalize_optimizers
 from leyden.policies import apply_policies
 from leyden.precision import LossScaler, Precision
-from leyden.profilers.wiring import hooks_of, measures, profile_evaluation, profile_run
+from leyden.profilers.wiring import hooks_of, profile_evaluation, profile_run, wraps
 from leyden.progress import Progress
 from leyden.run import Evaluation, Mode, Outlet, Run, Status, ValidationSchedule, one_optimizer
 from leyden.settings import Settings
@@ -203,17 +203,12 @@ def make_run(parts: Parts, reload_loaders: Callable[[Run], None]) -> Run:
         run.zero_grad = lambda: own_zero_grad(run.progress.epoch, run.progress.batch, optimizer)
     apply_policies(run, settings, parts.resolver.trainer, parts.resolver.callbacks)
     run.handles = _make_handles(run, found.optimizers)
-    run.kernels = choose_kernels(
-        found.optimizers,
-        module,
-        wanted=settings.fused_optimizer,
-        scales_loss=scaler is not None,
-        hand_made=_may_replace_gradients(parts, run),
-    )
+    run.kernels = _choose_kernels(parts, run, found.optimizers)
     if settings.compile:
-        from leyden.compiled.wiring import compile_run  # torch's compiler takes a second to import
+        from leyden.compiled import make_compilation  # torch's compiler takes a second to import
 
-        compile_run(run, settings, lambda name: parts.own(name) is not None, measures(parts.profiler))
+        owns = partial(overridden, module, base=LightningModule)
+        run.compiled = make_compilation(run, settings, owns, wraps(parts.profiler))
     profile_run(run, parts.profiler)
     run.account.compiles = settings.compile is not False
     return run
@@ -254,11 +249,16 @@ def _make_handles(run: Run, optimizers: Sequence[Optimizer]) -> list[LightningOp
     ]
 
 
-def _may_replace_gradients(parts: Parts, run: Run) -> bool:
-    """Whether something other than autograd may put gradients into place: hooks before the step, or the step itself."""
+def _choose_kernels(parts: Parts, run: Run, optimizers: Sequence[Optimizer]) -> list[KernelChoice]:
     hooks = run.hooks.on_after_backward or run.hooks.on_before_optimizer_step
     own = parts.own("backward") or parts.own("configure_gradient_clipping")
-    return run.mode is not Mode.AUTOMATIC or bool(hooks) or own is not None
+    return choose_kernels(
+        optimizers,
+        parts.module,
+        wanted=parts.settings.fused_optimizer,
+        scales_loss=run.scaler is not None,
+        hand_made=run.mode is not Mode.AUTOMATIC or bool(hooks) or own is not None,
+    )
 
 
 def _refuse_engine_settings(settings: Settings) -> None:

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
@@ -154,7 +154,9 @@ class Workload:
         self._batch_size_fn = batch_size_fn
         self._length_fn = length_fn
         self._flops = flops
-        self._module: nn.Module | None = None
+        self._module: Any = None
+        self._asks_module = False
+        self._looked = False
         self._counter: FlopCounter | None = None
         self._hooks: list[RemovableHandle] = []
         self.counts_next = False
@@ -168,8 +170,9 @@ class Workload:
             module: what will be trained.
         """
         self._module, self.why_not = module, ""
-        wanted = self._flops is None and getattr(module, "flops_per_batch", None) is None
-        self.counts_next = wanted and self.flops_per_unit is None
+        # asked for here, because a module takes long to say that it has no such attribute
+        self._asks_module = self._flops is None and getattr(module, "flops_per_batch", None) is not None
+        self.counts_next = self._flops is None and not self._asks_module and self.flops_per_unit is None
 
     def before_batch(self, is_graph: bool = False) -> None:
         """Begin to count a batch, if `counts_next` says so and it can be done.
@@ -183,8 +186,8 @@ class Workload:
         if is_graph or is_compiled(self._module):
             self.counts_next = False
             self.why_not = (
-                "FLOPs are not counted where the first batch is compiled, because to count it would be run uncompiled. Pass "
-                "flops=, or give the module an attribute flops_per_batch"
+                "not counted: the first batch is compiled, and counting would run it uncompiled; pass flops=, or give the "
+                "module an attribute flops_per_batch"
             )
             return
         counter = self._counter = FlopCounter()
@@ -206,7 +209,7 @@ class Workload:
             batch: as the step was given it.
             trained: whether it was trained on; else its operations are not known.
         """
-        counted = self.abandon()
+        counted = 0 if self._counter is None else self.abandon()
         samples = self._samples(batch)
         tokens = None if self._length_fn is None else int(self._length_fn(batch))
         units = samples if tokens is None else tokens
@@ -227,7 +230,11 @@ class Workload:
     def _samples(self, batch: Any) -> int:
         if self._batch_size_fn is not None:
             return int(self._batch_size_fn(batch))
+        first = batch[0] if type(batch) in (list, tuple) and batch else batch
+        if self._looked and isinstance(first, Tensor) and first.dim():
+            return first.shape[0]  # what batch_size_of would say, which has looked for contradictions once
         try:
+            self._looked = True
             return batch_size_of(batch)
         except MetricError as error:
             raise MetricError(
@@ -240,15 +247,21 @@ class Workload:
             return None
         if callable(self._flops):
             return float(self._flops(batch))
-        own = getattr(self._module, "flops_per_batch", None) if self._flops is None else self._flops
-        if own is not None:
-            return float(own)
+        if self._flops is not None:
+            return float(self._flops)
+        if self._asks_module:
+            return float(self._module.flops_per_batch)
         return None if self.flops_per_unit is None else self.flops_per_unit * units
 
 
 def begins_as_graph(trainer: Any) -> bool:
-    """Whether the next batch is trained on by ``Trainer(compile=...)``: it leaves the optimizer's first step eager."""
-    return bool(trainer.time_account.compiles and trainer.global_step > 0)
+    """Whether ``Trainer(compile=...)`` trains on the next batch by graphs.
+
+    Where the whole step becomes a graph, the optimizer's first step is eager; where only parts of it do, no batch is.
+    """
+    if not trainer.time_account.compiles:
+        return False
+    return trainer._run.compiled is None or trainer.global_step > 0
 
 
 def is_compiled(module: nn.Module) -> bool:

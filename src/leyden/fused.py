@@ -55,7 +55,7 @@ def choose_kernels(
         wanted: the Trainer's ``fused_optimizer``; False leaves every optimizer as it is.
         scales_loss: whether a loss scaler decides if a step is made.
         hand_made: whether something other than autograd may put gradients into place. Then they are looked at before
-            every step (0.3 µs for each parameter), and else only where they are new.
+            every step (about 0.5 µs for each parameter), and else only where they are new.
 
     Returns:
         What was decided, by optimizer; empty if not ``wanted``.

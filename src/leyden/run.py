@@ -30,7 +30,7 @@ from leyden.progress import Progress
 from leyden.seed import restore_random_state
 
 if TYPE_CHECKING:
-    from leyden.compiled import CompiledStep
+    from leyden.compiled import Compilation, MeasuredCompilation
     from leyden.halving import Halving
     from leyden.loggers import Logger
     from leyden.module import LightningModule
@@ -249,7 +249,7 @@ class Run:
     share: float = 1.0
     guard: FiniteGuard | None = None
     halving: Halving | None = None
-    compiled: CompiledStep | None = None
+    compiled: Compilation | MeasuredCompilation | None = None
     held: list[tuple[Any, int]] = field(default_factory=list)
     loss: Tensor | None = None
     stepped: bool = False

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Counts = list[int | float]
 
-_SHOWN_FROM_S = 1.0  # shorter runs are mostly set-up
+_SHOWN_FROM_S = 1.0  # of training: in less there is nothing to save
 
 
 class TrainerView(ABC):
@@ -134,8 +134,10 @@ class TrainerView(ABC):
         account.stop()
         # A script that wants no bar wants no account. A trial, or a run of a moment, has no time that could be saved.
         shown = bar is not None and bar.is_enabled and self.is_global_zero and not self.fast_dev_run
-        if shown and outcome != "failed" and account.total >= _SHOWN_FROM_S and account.steps:
+        if shown and outcome != "failed" and account.total - account.setup_s >= _SHOWN_FROM_S:
             print(account.summary())
+            if self._run.compiled is not None:
+                print(": ".join(self._run.compiled.line()))
 
     # Metrics
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import multiprocessing
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -49,8 +51,11 @@ def tables(printed: str) -> list[list[list[str]]]:
 def test_everyone_trains_the_same_model(script: Import, kind: str, tmp_path: Path) -> None:
     workload = script("workloads").WORKLOADS[kind]
     measure, loss_after = script("measure"), script("workloads").loss_after
-    everyone = [one for one in script("contestants").own_contestants() if not one.compiled]
-    assert sum(one.exact for one in everyone) >= 3
+    contestants = script("contestants")
+    bare = contestants.by_leyden(bare=True, fused_optimizer=False)
+    everyone = [one for one in contestants.own_contestants() if not one.compiled]
+    everyone.append(contestants.Contestant("leyden, bare, not fused", bare, "leyden", exact=True))
+    assert sum(one.exact for one in everyone) == 3
     steps, losses, weights = 6, {}, {}
     for number, contestant in enumerate(everyone):
         folder = tmp_path / str(number)
@@ -59,7 +64,7 @@ def test_everyone_trains_the_same_model(script: Import, kind: str, tmp_path: Pat
         losses[contestant.name] = loss_after(task, workload.data(steps))
         weights[contestant.name] = torch.cat([value.detach().flatten() for value in task.parameters()])
     untrained = loss_after(workload.task(), workload.data(steps))
-    truth = script("contestants").BY_HAND
+    truth = contestants.BY_HAND
     for contestant in everyone:
         name = contestant.name
         if contestant.exact:
@@ -86,12 +91,10 @@ def test_peers_train_nearly_the_same_model(script: Import, tmp_path: Path) -> No
 
 
 def test_a_quick_run_prints_tables(script: Import, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overhead = script("overhead")
     path = tmp_path / "figures.json"
+    arguments = ["--quick", "--repeats", "2", "--shorten", "100", "--workloads", "tiny", "cnn", "--only", "default"]
 
-    code = overhead.main(
-        ["--quick", "--repeats", "2", "--shorten", "100", "--workloads", "tiny", "cnn", "--json", str(path)]
-    )
+    code = script("overhead").main([*arguments, "--json", str(path)])
 
     assert code == 0
     found = tables(capsys.readouterr().out)
@@ -99,9 +102,8 @@ def test_a_quick_run_prints_tables(script: Import, tmp_path: Path, capsys: pytes
     for table in found:
         assert {len(row) for row in table} == {len(table[0])}
         assert set(table[1][1:]) == {"---:"}
-    names = [one.name for one in script("contestants").own_contestants() if not one.compiled]
     for table in found[:2]:
-        assert [row[0] for row in table[2:]] == names
+        assert [row[0] for row in table[2:]] == ["PyTorch, by hand", "leyden, default"]
         assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in table[2:])
         assert table[2][2] == "1.00", "the hand-written loop against itself"
     assert found[2][0][1:] == ["tiny", "cnn"]
@@ -139,64 +141,79 @@ def test_a_picture_is_drawn(script: Import, tmp_path: Path) -> None:
 # The turns
 
 
-def counting(order: list[str], name: str, steps: int) -> Any:
-    """A contestant that does nothing but note its steps."""
+class Lanes:
+    """Opens lanes to threads of this process, whose runs note their steps and nothing else."""
 
-    def make(task: Any, batches: Any, folder: Path) -> Any:
-        def run() -> None:
-            for _ in range(steps):
-                task.tick()
-                order.append(name)
+    def __init__(self, measure: ModuleType, steps: dict[str, int]) -> None:
+        self.measure = measure
+        self.steps = steps
+        self.order: list[str] = []
 
-        return run
+    def __call__(self, contestant: Any, steps: int, folder: Path) -> Any:
+        ours, theirs = multiprocessing.Pipe()
 
-    return make
+        def build(tick: Callable[[], None]) -> Callable[[], None]:
+            made = self.steps.get(contestant.name, steps)
+            if made < 0:
+                raise ValueError("no such thing")
+
+            def run() -> None:
+                for _ in range(made):
+                    tick()
+                    self.order.append(contestant.name)
+
+            return run
+
+        threading.Thread(target=self.measure.serve, args=(theirs, build), daemon=True).start()
+        return self.measure.Lane(ours)
+
+
+def idle(script: Import, *names: str) -> list[Any]:
+    return [script("contestants").Contestant(name, None, "peer") for name in names]
 
 
 def test_a_lane_stops_where_it_is_told_to(script: Import, tmp_path: Path) -> None:
-    measure, task, order = script("measure"), script("workloads").WORKLOADS["tiny"].task(), []
-    make = counting(order, "a", 10)
-    lane = measure.Lane(lambda: make(task, None, tmp_path), task)
+    lanes = Lanes(script("measure"), {})
+    lane = lanes(*idle(script, "a"), 10, tmp_path)
+    lane.wait_until_ready()
     made = []
     for steps in (3, 4, 1):
-        lane.advance(steps)
-        made.append(len(order))
+        assert lane.advance(steps) > 0
+        made.append(len(lanes.order))
     lane.finish()
     assert made == [3, 7, 8]
-    assert len(order) == 10
+    assert len(lanes.order) == 10
 
 
 def test_contestants_take_turns_and_the_order_rotates(script: Import, tmp_path: Path) -> None:
-    measure, Contestant = script("measure"), script("contestants").Contestant
-    workload, order = script("workloads").WORKLOADS["tiny"], []
-    names = ["a", "b", "c"]
-    turn, warm_up, steps = 6, 5, 5 + 3 * 6 + 2  # what measure makes of --shorten 100
-    everyone = [Contestant(name, counting(order, name, steps), "peer") for name in names]
-    results = measure.measure(workload, everyone, 2, tmp_path, shorten=100)
-    turns = [order[at] for at in range(3 * warm_up, 3 * (warm_up + 3 * turn), turn)]
+    measure = script("measure")
+    race = measure.Race(script("workloads").WORKLOADS["tiny"], idle(script, "a", "b", "c"), 2, tmp_path, shorten=100)
+    lanes = Lanes(measure, {})
+    results = race.run(lanes)
+    begun = 3 * race.warm_up
+    turns = [lanes.order[begun + race.turn * number] for number in range(9)]
     assert "".join(turns) == "abc" + "bca" + "cab"
-    assert {name: len(result.steps_per_s) for name, result in results.items()} == dict.fromkeys(names, 2)
-    assert order.count("a") == steps
+    assert {name: len(result.steps_per_s) for name, result in results.items()} == {"a": 2, "b": 2, "c": 2}
+    assert lanes.order.count("a") == race.warm_up + 3 * race.turn + 2
 
 
 def test_who_fails_is_named_and_the_others_go_on(script: Import, tmp_path: Path) -> None:
     measure, report = script("measure"), script("report")
-    Contestant, order = script("contestants").Contestant, []
-
-    def failing(task: Any, batches: Any, folder: Path) -> Any:
-        raise ValueError("no such thing")
-
-    everyone = [
-        Contestant(report.BY_HAND, counting(order, "a", 25), "by hand"),
-        Contestant("at once", failing, "peer"),
-        Contestant("too short", counting(order, "b", 9), "peer"),
-    ]
-    results = measure.measure(script("workloads").WORKLOADS["tiny"], everyone, 2, tmp_path, shorten=100)
+    everyone = idle(script, report.BY_HAND, "at once", "too short")
+    race = measure.Race(script("workloads").WORKLOADS["tiny"], everyone, 2, tmp_path, shorten=100)
+    results = race.run(Lanes(measure, {"at once": -1, "too short": 9}))
     assert results[report.BY_HAND].failed is None
     assert results["at once"].failed == "ValueError: no such thing"
-    assert results["too short"].failed == "RuntimeError: the run ended too early"
+    assert results["too short"].failed == "the run ended too early"
     [table] = tables(report.speed_table("title", results))
     assert [row[1] for row in table[3:]] == ["failed", "failed"]
+
+
+def test_a_process_that_ends_is_noticed(script: Import, tmp_path: Path) -> None:
+    measure = script("measure")
+    [nobody] = idle(script, "nobody knows this name")
+    with measure.processes("tiny") as open_lane, pytest.raises(measure.LaneError, match="its process ended"):
+        open_lane(nobody, 10, tmp_path).wait_until_ready()
 
 
 # On a GPU

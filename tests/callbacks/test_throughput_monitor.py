@@ -74,7 +74,12 @@ def train(
     mine = {name: options.pop(name) for name in list(options) if name in MONITOR}
     clock, memory = Clock(), Memory()
     monitor = ThroughputMonitor(clock=clock, **mine)
-    settings = {"log_every_n_steps": 3, "logger": memory, **options}
+    settings = {
+        "log_every_n_steps": 3,
+        "logger": memory,
+        **({"limit_val_batches": 0} if val is None else {}),
+        **options,
+    }
     path = settings.pop("ckpt_path", None)
     net = Net(clock)
     if module is not None:
@@ -188,7 +193,7 @@ def test_totals_go_on_after_a_resume_and_begin_anew_without_one(tmp_path: Path) 
     assert found[1][1]["train/device/mfu"] == expected[1][1]["train/device/mfu"]
     assert not monitor._workload.counts_next
     memory = Memory()
-    trainer = make_trainer(tmp_path, monitor, logger=memory, log_every_n_steps=3)
+    trainer = make_trainer(tmp_path, monitor, logger=memory, log_every_n_steps=3, limit_val_batches=0)
     trainer.fit(Net(), loader(48))
     assert rows(memory)[0][1]["train/batches"] == 3
 
@@ -199,11 +204,29 @@ def test_monitoring_changes_no_bit(accumulate: int, tmp_path: Path) -> None:
         torch.manual_seed(0)
         module = Net()
         monitors = [ThroughputMonitor()] if monitored else []
-        trainer = make_trainer(tmp_path, *monitors, logger=Memory(), accumulate_grad_batches=accumulate, max_epochs=2)
+        options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "max_epochs": 2, "limit_val_batches": 0}
+        trainer = make_trainer(tmp_path, *monitors, logger=Memory(), **options)
         trainer.fit(module, loader(48))
         return [*module.state_dict().values(), torch.get_rng_state()]
 
     assert all(itertools.starmap(torch.equal, zip(weights(True), weights(False), strict=True)))
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_run_that_goes_on_is_still_exact(knows: bool, tmp_path: Path) -> None:
+    def weights(monitored: bool, path: Path | None = None) -> list[torch.Tensor]:
+        module = Net()
+        saver = ModelCheckpoint(tmp_path, every_n_train_steps=7, save_top_k=-1, filename="{step}")
+        monitors = [ThroughputMonitor()] if monitored else []
+        options: dict[str, Any] = {"enable_checkpointing": True, "limit_val_batches": 0, "logger": Memory()}
+        make_trainer(tmp_path, *monitors, saver, **options).fit(module, loader(48), ckpt_path=path)
+        return [*module.state_dict().values(), torch.get_rng_state()]
+
+    torch.manual_seed(0)
+    whole = weights(knows)  # a checkpoint without the monitor's state lets it count after the resume
+    torch.manual_seed(5)
+    resumed = weights(True, tmp_path / "step=7.ckpt")
+    assert all(itertools.starmap(torch.equal, zip(whole, resumed, strict=True)))
 
 
 def test_between_log_steps_no_clock_is_read_and_no_device_waited_for(
@@ -262,7 +285,8 @@ def test_flops_may_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_an_unknown_peak_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     memory, monitor, _ = train(tmp_path)
-    make_trainer(tmp_path, monitor, logger=Memory(), log_every_n_steps=3).fit(Net(), loader(48))
+    trainer = make_trainer(tmp_path, monitor, logger=Memory(), log_every_n_steps=3, limit_val_batches=0)
+    trainer.fit(Net(), loader(48))
     assert not [key for _, row in rows(memory) for key in row if "mfu" in key]
     assert capsys.readouterr().out == (
         "ThroughputMonitor: the peak of CPU in float32 is not known, so there is no mfu. Pass peak_flops=, in FLOP/s.\n"

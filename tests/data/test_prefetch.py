@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset
 
 from leyden.assemble import make_move
-from leyden.data import CombinedLoader, loader as loader_module, prefetch
+from leyden.data import CombinedLoader, prefetch
+from leyden.data import loader as loader_module
 from leyden.data.loader import Source, make_source
 from leyden.data.prefetch import CudaCopies, can_be_copied, copies_for, one_ahead
 from leyden.data.reader import Ticket
@@ -209,6 +210,15 @@ class Stream(IterableDataset[Any]):
 MOVE = DeviceMove(CUDA, None)
 
 
+class Copies:
+    """In place of a GPU's."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def start(self, batch: Any) -> Any:
+        return lambda: "copied"
+
+
 @pytest.mark.parametrize(
     ("loader", "ahead"),
     [
@@ -227,7 +237,7 @@ MOVE = DeviceMove(CUDA, None)
     ],
 )
 def test_what_may_be_read_ahead(loader: Any, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefetch, "CudaCopies", lambda device, dtype: None)
+    monkeypatch.setattr(prefetch, "CudaCopies", Copies)
     reader = make_reader(loader, "loader")
     assert reader.reads_ahead is ahead
     assert (copies_for(MOVE, reader, 0) is not None) is ahead
@@ -235,7 +245,12 @@ def test_what_may_be_read_ahead(loader: Any, ahead: bool, monkeypatch: pytest.Mo
 
 def test_only_a_plain_move_to_a_cuda_device_is_done_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    monkeypatch.setattr(prefetch, "CudaCopies", lambda device, dtype: made.append((device, dtype)))
+
+    def note(*arguments: Any) -> Copies:
+        made.append(arguments)
+        return Copies()
+
+    monkeypatch.setattr(prefetch, "CudaCopies", note)
     reader, precision = make_reader(tensors(), "loader"), resolve_precision("64-true")
 
     class Hooked(LightningModule):
@@ -262,7 +277,12 @@ def test_only_a_plain_move_to_a_cuda_device_is_done_ahead(monkeypatch: pytest.Mo
 
     assert copies_for(measured, reader, 0) is None
     measured.__wrapped__ = MOVE  # type: ignore[attr-defined]
-    assert copies_for(measured, reader, 0) is not None
+    begun: list[Any] = []
+    measured.around = lambda start: lambda batch: (begun.append(batch), start(batch))[1]  # type: ignore[attr-defined]
+    start = copies_for(measured, reader, 0)
+    assert start is not None
+    assert start("batch")() == "copied"
+    assert begun == ["batch"]  # as the time of a move is counted, so is that of beginning a copy
 
 
 Point = namedtuple("Point", ["x", "y"])
@@ -292,12 +312,6 @@ class Movable(list[Any]):
     ],
 )
 def test_which_batches_are_copied_ahead(batch: Any, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Copies:
-        def __init__(self, *_: Any) -> None: ...
-
-        def start(self, batch: Any) -> Any:
-            return lambda: "copied"
-
     moved: list[Any] = []
     move = DeviceMove(CUDA, None)
     monkeypatch.setattr(prefetch, "CudaCopies", Copies)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pstats
 import re
 from pathlib import Path
 from typing import Any
@@ -95,3 +96,23 @@ def test_the_number_of_functions_is_limited() -> None:
 def test_a_wrong_number_of_functions_is_refused(functions: Any) -> None:
     with pytest.raises(ConfigurationError, match="functions"):
         AdvancedProfiler(functions=functions)
+
+
+@pytest.mark.parametrize("folder", [None, "profiles"])
+def test_profiles_are_dumped_for_other_tools(folder: str | None, tmp_path: Path) -> None:
+    profiler = AdvancedProfiler(tmp_path / folder if folder else None, "net", dump_stats=True)
+    make_trainer(tmp_path, profiler=profiler, num_sanity_val_steps=0).fit(Net(), batches(TRAIN), batches(VAL))
+    step = tmp_path / (folder or "") / "fit-net.LightningModule_Net.training_step.prof"
+    assert step in profiler.dumps
+    assert sorted(profiler.dumps) == sorted(step.parent.glob("*.prof"))
+    counts = {name: calls for (_, _, name), (calls, *_) in pstats.Stats(str(step)).stats.items()}  # type: ignore[attr-defined]
+    assert counts["training_step"] == EPOCHS * TRAIN
+
+
+def test_profiles_are_not_dumped_unasked_nor_in_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_trainer(tmp_path, profiler="advanced").fit(Net(), batches(TRAIN), batches(VAL))
+    trial = AdvancedProfiler(dump_stats=True)
+    make_trainer(tmp_path, profiler=trial, fast_dev_run=True).fit(Net(), batches(TRAIN), batches(VAL))
+    assert trial.dumps == []
+    assert list(tmp_path.rglob("*.prof")) == []

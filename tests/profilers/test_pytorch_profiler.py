@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch.profiler import ProfilerActivity, schedule
 
 from leyden.errors import ConfigurationError
 from leyden.profilers import PyTorchProfiler
+from leyden.profilers.pytorch import _SORTABLE
 from profiled import TRAIN, VAL, Net, batches, make_trainer
 
 torch.set_num_threads(1)
@@ -121,3 +123,57 @@ def test_torchs_options_are_passed_on(tmp_path: Path) -> None:
 def test_an_unknown_option_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="Did you mean 'record_shapes'"):
         PyTorchProfiler(record_shape=True)
+
+
+def test_traces_have_the_names_that_tensorboards_plugin_looks_for(tmp_path: Path) -> None:
+    profiler = PyTorchProfiler(schedule=schedule(wait=0, warmup=1, active=1, repeat=2))
+    make_trainer(tmp_path, profiler=profiler, max_epochs=1, limit_val_batches=0).fit(Net(), batches(TRAIN))
+    # torch-tb-profiler: worker, dot, span, ending
+    found = [re.fullmatch(r"(.*?)(\.\d+)?\.pt\.trace\.json(?:\.gz)?", trace.name) for trace in profiler.traces]
+    assert [match and match.groups() for match in found] == [("fit-trace", ".0"), ("fit-trace", ".1")]
+    assert all(trace.parent == tmp_path for trace in profiler.traces)
+
+
+def test_memory_and_operations_are_columns_of_the_report(tmp_path: Path) -> None:
+    profiler = PyTorchProfiler(profile_memory=True, with_flops=True, sort_by="self_cpu_memory_usage")
+    make_trainer(tmp_path, profiler=profiler, max_epochs=1, limit_val_batches=0).fit(Net(), batches(TRAIN))
+    assert "CPU Mem" in profiler.summary()
+    assert "FLOPs" in profiler.summary()
+
+
+def test_somebody_may_look_at_each_cycle(tmp_path: Path) -> None:
+    seen: list[tuple[Any, list[Path]]] = []
+    profiler = PyTorchProfiler(on_trace_ready=lambda torchs: seen.append((torchs, list(profiler.traces))))
+    make_trainer(tmp_path, profiler=profiler, max_epochs=1, limit_val_batches=0).fit(Net(), batches(TRAIN))
+    assert [(type(torchs), traces) for torchs, traces in seen] == [(torch.profiler.profile, profiler.traces)]
+
+
+def test_an_error_of_who_looks_is_raised(tmp_path: Path) -> None:
+    def look(_: Any) -> None:
+        raise KeyError("broken")
+
+    trainer = make_trainer(tmp_path, profiler=PyTorchProfiler(on_trace_ready=look), max_epochs=1, limit_val_batches=0)
+    with pytest.raises(KeyError, match="broken"):
+        trainer.fit(Net(), batches(8))
+    assert not torch.autograd._profiler_enabled()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sort_by": "cpu_time_totals"}, "Did you mean 'cpu_time_total'"),
+        ({"row_limit": -2}, "row_limit=-2 is not valid"),
+        ({"schedule": 3}, "schedule=3 is not valid"),
+        ({"on_trace_ready": "print"}, "on_trace_ready='print' is not valid"),
+    ],
+)
+def test_what_would_fail_with_the_first_trace_is_refused_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        PyTorchProfiler(**options)
+
+
+def test_every_column_can_be_sorted_by() -> None:
+    with torch.profiler.profile(profile_memory=True, with_flops=True) as torchs:
+        torch.ones(2, 2) @ torch.ones(2, 2)
+    for column in _SORTABLE:
+        assert "aten::mm" in torchs.key_averages().table(sort_by=column)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -63,9 +63,9 @@ def profile(folder: Path, samples: int = 24, val: int | None = None, **options: 
     clock = Clock()
     trainer = {name: options.pop(name) for name in ("max_epochs", "accumulate_grad_batches") if name in options}
     profiler = ThroughputProfiler(clock=clock, **options)
-    make_trainer(folder, profiler=profiler, **({"max_epochs": 1} | trainer)).fit(
-        Net(clock), loader(samples), None if val is None else loader(val)
-    )
+    make_trainer(
+        folder, profiler=profiler, **({"max_epochs": 1, "limit_val_batches": 1.0 if val else 0} | trainer)
+    ).fit(Net(clock), loader(samples), None if val is None else loader(val))
     return profiler
 
 
@@ -169,7 +169,7 @@ def test_profiling_changes_no_bit(tmp_path: Path) -> None:
     def weights(profiler: Any) -> list[torch.Tensor]:
         torch.manual_seed(0)
         module = Net(Clock())
-        make_trainer(tmp_path, profiler=profiler).fit(module, loader(24))
+        make_trainer(tmp_path, profiler=profiler, limit_val_batches=0).fit(module, loader(24))
         return [*module.state_dict().values()]
 
     assert all(map(torch.equal, weights("throughput"), weights(None)))
@@ -181,7 +181,7 @@ def test_an_error_leaves_no_counter_behind(tmp_path: Path) -> None:
             raise KeyError("broken")
 
     with pytest.raises(KeyError, match="broken"):
-        make_trainer(tmp_path, profiler="throughput").fit(Broken(Clock()), loader(8))
+        make_trainer(tmp_path, profiler="throughput", limit_val_batches=0).fit(Broken(Clock()), loader(8))
     assert not torch.utils._python_dispatch._get_current_dispatch_mode()
 
 
@@ -197,7 +197,7 @@ def test_wrong_arguments_are_refused(options: dict[str, Any]) -> None:
 class FakeEvent:
     """An event of a device that is three events behind the host; event n is passed at n² ms."""
 
-    made: deque[FakeEvent] = deque()
+    made: ClassVar[deque[FakeEvent]] = deque()
     waits = 0
 
     def __init__(self, enable_timing: bool) -> None:

@@ -172,7 +172,7 @@ class ThroughputMonitor(Callback):
         if self._workload.counts_next:
             self._workload.before_batch(begins_as_graph(trainer))
             if self._workload.why_not:
-                self._say(trainer, self._workload.why_not)
+                self._say(trainer, f"FLOPs are {self._workload.why_not}")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

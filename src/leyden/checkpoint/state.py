@@ -60,6 +60,8 @@ def capture(
         checkpoint["scaler"] = run.scaler.scaler.state_dict() if run.scaler is not None else None
         checkpoint["progress"] = run.progress.state_dict()
         checkpoint["should_stop"] = run.should_stop
+        if run.compiled is not None:
+            checkpoint["compiled"] = run.compiled.state_dict()
         # what a resumed run has not taken up yet is still as it was
         waiting = run.restored
         checkpoint["metrics"] = waiting.metrics if waiting else capture_metrics(run.metrics, module, run.device)
@@ -152,6 +154,8 @@ def apply_training(
     run.progress.start_epoch()
     _apply_windows(run, checkpoint.get("optimizer_windows") or [None] * len(run.handles))
     run.should_stop = bool(checkpoint.get("should_stop"))
+    if run.compiled is not None and checkpoint.get("compiled"):
+        run.compiled.load_state_dict(checkpoint["compiled"])
     metrics = checkpoint.get("metrics")
     if metrics is not None:
         restore_metrics(run.metrics, run.module, metrics, run.device)  # for hooks to see, before training begins

@@ -1,5 +1,5 @@
 """`Trainer(compile=...)`: the whole training step as one graph."""
 
-from leyden.compiled.step import CompiledStep
+from leyden.compiled.compilation import Compilation, MeasuredCompilation, make_compilation
 
-__all__ = ["CompiledStep"]
+__all__ = ["Compilation", "MeasuredCompilation", "make_compilation"]

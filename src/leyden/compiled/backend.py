@@ -86,13 +86,14 @@ class Compiler:
 def compiler_switches() -> Iterator[None]:
     """Set, for one verb, what the compiler needs to make one graph of a whole step."""
     import torch._dynamo
-    import torch.compiler.config
+    import torch.compiler.config as compiler_config
 
     with ExitStack() as stack:
         if hasattr(torch._dynamo.config, "trace_autograd_ops"):
             stack.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
         # batch_idx is another number in each call, and not a constant of the first
-        stack.enter_context(torch.compiler.config.patch(dynamic_sources="L['batch_idx']"))
+        config: Any = compiler_config
+        stack.enter_context(config.patch(dynamic_sources="L['batch_idx']"))
         yield
 
 

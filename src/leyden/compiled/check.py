@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ from leyden.seed import capture_random_state, restore_random_state
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 """How far a compiled step may be from the eager one, by the dtype that the forward pass computes in: the norm of the difference
 over the norm, of all tensors of a kind together. Rounding alone stays a hundred times below."""
-UPDATE_FACTOR = 50
-"""How many times more the parameters' updates may differ: Adam makes a full step of a gradient that is nothing but rounding."""
+UPDATE_FACTOR = 5
+"""How many times more the parameters' updates may differ, for Adam divides one rounded number by another."""
 _TORCHS_OWN = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers"}
 
 
@@ -41,7 +42,7 @@ class Snapshot:
         self._attributes = [(vars(module), _contents(vars(module))) for module in run.module.modules()]
         held = [value for _, values in self._attributes for value, _ in values.values() if isinstance(value, Tensor)]
         every = [*self.parameters, *run.module.parameters(), *self.state, *self.buffers, *held]
-        self.tensors = list({id(tensor): tensor.detach() for tensor in every}.values())
+        self.tensors = list({id(tensor): tensor for tensor in every}.values())
         self.copies = to_host(self.tensors)
         self._gradients = [each.grad for each in self.parameters]
         self._random = capture_random_state(run.device)
@@ -71,22 +72,43 @@ class Snapshot:
         for tensor, copy in zip(self.tensors, copies, strict=True):
             tensor.copy_(copy)
 
-    def differences(self, copies: Sequence[Tensor]) -> dict[str, float]:
-        """How far the tensors are from ``copies`` now, relative to those: of parameters, of what they moved by."""
-        before = {id(tensor): copy for tensor, copy in zip(self.tensors, self.copies, strict=True)}
-        wanted = {id(tensor): copy for tensor, copy in zip(self.tensors, copies, strict=True)}
-        updates = [wanted[id(each)].double() - before[id(each)].double() for each in self._known(self.parameters, before)]
-        found = {"update": _ratio(self._gaps(self.parameters, wanted), updates)}
+    def differences(self, copies: Sequence[Tensor], allowed: float) -> dict[str, float]:
+        """How far the tensors are from ``copies`` now, relative to those: of parameters, relative to what they moved by.
+
+        Args:
+            copies: of all tensors, after the step that counts as right.
+            allowed: the tolerance. Elements whose average gradient is smaller than that, relative to the others', are left out
+                of the update: Adam makes a full step of a gradient that is nothing but rounding.
+        """
+        wanted = {id(tensor): copy.double() for tensor, copy in zip(self.tensors, copies, strict=True)}
+        gaps = {id(tensor): tensor.detach().cpu().double() - wanted[id(tensor)] for tensor in self.tensors}
+        moved = {
+            id(tensor): wanted[id(tensor)] - before.double()
+            for tensor, before in zip(self.tensors, self.copies, strict=True)
+        }
+        counts = self._counting_elements(wanted, allowed)
+        found = {
+            "update": _ratio(
+                [gaps[id(each)] * counts.get(id(each), 1.0) for each in self.parameters],
+                [moved[id(each)] for each in self.parameters],
+            )
+        }
         for name, tensors in (("optimizer state", self.state), ("buffers", self.buffers)):
-            found[name] = _ratio(self._gaps(tensors, wanted), [wanted[id(each)] for each in self._known(tensors, wanted)])
+            found[name] = _ratio([gaps[id(each)] for each in tensors], [wanted[id(each)] for each in tensors])
         return found
 
-    @staticmethod
-    def _known(tensors: Sequence[Tensor], known: dict[int, Tensor]) -> list[Tensor]:
-        return [tensor for tensor in tensors if id(tensor) in known]
-
-    def _gaps(self, tensors: Sequence[Tensor], wanted: dict[int, Tensor]) -> list[Tensor]:
-        return [each.detach().cpu().double() - wanted[id(each)].double() for each in self._known(tensors, wanted)]
+    def _counting_elements(self, wanted: dict[int, Tensor], allowed: float) -> dict[int, Tensor]:
+        """By parameter, where its first state of its own shape, a running mean of gradients, is more than noise."""
+        assert self._run.optimizer is not None
+        means = {}
+        for parameter in self.parameters:
+            state = self._run.optimizer.state.get(parameter, {}).values()
+            mean = next((each for each in state if isinstance(each, Tensor) and each.shape == parameter.shape), None)
+            if mean is not None and mean.dim():
+                means[id(parameter)] = wanted[id(mean)].abs()
+        count = sum(mean.numel() for mean in means.values())
+        typical = (sum(float(mean.square().sum()) for mean in means.values()) / max(count, 1)) ** 0.5
+        return {key: (mean > allowed * typical).double() for key, mean in means.items()}
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -110,8 +132,7 @@ def relative(value: Any, wanted: Any) -> float:
 
 
 def _ratio(gaps: Sequence[Tensor], sizes: Sequence[Tensor]) -> float:
-    gap = sum(float(each.double().square().sum()) for each in gaps) ** 0.5
-    size = sum(float(each.double().square().sum()) for each in sizes) ** 0.5
+    gap, size = (math.sqrt(sum(float(each.double().square().sum()) for each in part)) for part in (gaps, sizes))
     return gap / size if size else gap
 
 

@@ -54,7 +54,8 @@ class LossScale:
 
     def __init__(self, scaler: torch.amp.GradScaler, device: torch.device) -> None:
         scaler.scale(torch.zeros((), device=device))  # the scaler makes its tensors with the first loss
-        assert scaler._scale is not None and scaler._growth_tracker is not None
+        assert scaler._scale is not None
+        assert scaler._growth_tracker is not None
         self.scale = scaler._scale
         self.tracker = scaler._growth_tracker
         self.growth, self.backoff = scaler.get_growth_factor(), scaler.get_backoff_factor()
@@ -146,7 +147,7 @@ class StepBody:
             loss = loss / window
         self.update.refuse_if_changed()
         scaled = loss if self.scale is None else loss * self.scale.scale
-        gradients = list(torch.autograd.grad(scaled, self.update.parameters, allow_unused=True))
+        gradients: list[Tensor | None] = list(torch.autograd.grad(scaled, self.update.parameters, allow_unused=True))
         with torch.no_grad():
             if window > 1:
                 gradients = self._added(gradients, first)
@@ -186,4 +187,3 @@ class StepBody:
         # the same numbers as torch.nn.utils.clip_grad_norm_
         factor = (bound / (get_total_norm(found) + 1e-6)).clamp(max=1.0)
         return [None if gradient is None else gradient * factor for gradient in gradients]
-

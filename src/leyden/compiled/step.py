@@ -15,7 +15,6 @@ from leyden.compiled.backend import Compiler, reason_of
 from leyden.compiled.check import UPDATE_FACTOR, Snapshot, relative, to_host, tolerance
 from leyden.compiled.graph import Clip, LossScale, Recorder, Result, StepBody
 from leyden.compiled.updates import CHANGED, CaptureError, Update, make_update
-from leyden.errors import warn
 from leyden.run import Run, detached, loss_of
 
 MAX_STATIC_SHAPES = 4
@@ -31,7 +30,7 @@ class CompiledStep:
 
     The optimizer's first step is eager, because it makes its state. When a graph is used for the first time, the step is made
     twice from the same state, in eager and by the graph; if they differ by more than `leyden.compiled.check.TOLERANCES`, or
-    the step cannot be captured, a warning says so, and what can be compiled is: the forward pass.
+    the step cannot be captured, that batch is trained on in eager and ``on_give_up`` is told why.
 
     Which batches are trained on by which graph depends on the batches before them alone, and is part of a checkpoint, so that
     a run that goes on from one makes the same steps.
@@ -40,16 +39,17 @@ class CompiledStep:
         run: which it takes steps for.
         clip: how gradients are clipped, or None.
         compiler: makes the graphs.
+        on_give_up: is told why there is no graph, in words that end a sentence.
 
     Attributes:
-        given_up: why there is no graph, in words that end a sentence; None if there is nothing in the way.
-        largest_difference: to eager, of what was compared.
+        largest_difference: to eager, relative, of what was compared; None before that.
     """
 
-    def __init__(self, run: Run, clip: Clip | None, compiler: Compiler) -> None:
+    def __init__(self, run: Run, clip: Clip | None, compiler: Compiler, on_give_up: Callable[[str], None]) -> None:
         self._run = run
         self._clip = clip
         self._compiler = compiler
+        self._on_give_up = on_give_up
         self._recorder = Recorder()
         self._update: Update | None = None
         self._body: StepBody | None = None
@@ -57,14 +57,13 @@ class CompiledStep:
         self._graphs: dict[Shape, Callable[..., Result]] = {}
         self._checked: set[tuple[Shape, bool, bool]] = set()
         self._takes_window = False
-        self.given_up: str | None = None
-        self.largest_difference = 0.0
+        self.largest_difference: float | None = None
 
     def is_ready(self) -> bool:
-        """Whether a graph trains on the next batch: not before the optimizer has made its state, nor after giving up."""
+        """Whether a graph trains on the next batch: not before the optimizer has made its state, and a whole window."""
         progress = self._run.progress
         if progress.micro_batch == 0:
-            self._takes_window = self.given_up is None and progress.global_step > 0 and _has_state(self._run)
+            self._takes_window = progress.global_step > 0 and _has_state(self._run)
         return self._takes_window
 
     def train_on(self, batch: Any, batch_idx: int) -> Any:
@@ -115,7 +114,7 @@ class CompiledStep:
             return None
         if not last:
             progress.micro_batch += 1
-            if first and self._body is not None and self.given_up is None:
+            if first and self._body is not None:
                 self._body.show_gradients()
             return result.output
         progress.micro_batch = 0
@@ -180,10 +179,11 @@ class CompiledStep:
             before.put_back()
             return self._not_captured(reason_of(error), batch, batch_idx)
         self._compiler.note_seconds(time.perf_counter() - start)
-        differences = before.differences(wanted_tensors)
+        allowed = tolerance(self._run)
+        differences = before.differences(wanted_tensors, allowed)
         differences.update(_of_values(result, wanted, self._recorder.calls, wanted_calls))
-        self.largest_difference = max(self.largest_difference, *differences.values())
-        name, ratio = _worst(differences, tolerance(self._run))
+        self.largest_difference = max(self.largest_difference or 0.0, *differences.values())
+        name, ratio = _worst(differences, allowed)
         if not ratio <= 1:  # nan too
             before.put_back()
             return self._give_up(
@@ -213,7 +213,7 @@ class CompiledStep:
             run.optimizer.zero_grad()
         if run.window > 1:
             loss = loss / run.window
-        (loss if run.scaler is None else run.scaler.scale(loss)).backward()
+        torch.autograd.backward(loss if run.scaler is None else run.scaler.scale(loss))
         if first and not last and self._body is not None:
             self._body.take_gradients()
         overflowed = None
@@ -237,9 +237,8 @@ class CompiledStep:
 
     def _give_up(self, reason: str, batch: Any, batch_idx: int) -> Any:
         """Train on this batch in eager, and on the next ones with a compiled forward pass."""
-        self.given_up = reason
         output = self._start_over(batch, batch_idx)
-        compile_forward(self._run, self._compiler, reason)
+        self._on_give_up(reason)
         return output
 
     def _start_over(self, batch: Any, batch_idx: int) -> Any:
@@ -288,7 +287,9 @@ def _hashable(shape: Any) -> Shape:
 
 def _of_values(result: Result, wanted: Result, calls: list[Any], wanted_calls: list[Any]) -> dict[str, float]:
     """How far the loss and the logged values are from those of eager."""
-    if [call[0] for call in calls] != [call[0] for call in wanted_calls] or (result.loss is None) != (wanted.loss is None):
+    if [call[0] for call in calls] != [call[0] for call in wanted_calls] or (result.loss is None) != (
+        wanted.loss is None
+    ):
         return {"the names of logged values": float("inf")}
     found = {
         f"logged value {call[0]!r}": relative(call[1], other[1])
@@ -304,51 +305,3 @@ def _worst(differences: dict[str, float], allowed: float) -> tuple[str, float]:
     }
     worst = max(ratios, key=lambda name: float("inf") if ratios[name] != ratios[name] else ratios[name])
     return worst, ratios[worst]
-
-
-def compile_children(run: Run, compiler: Compiler) -> None:
-    """Compile what `training_step` calls, where it steps its optimizers itself or is called by an optimizer: the submodules."""
-    children = list(run.module.children())
-    names = ", ".join(type(child).__name__ for child in children)
-    warn(
-        "compile",
-        f"The whole training step cannot be one graph: it is stepped by {run.mode.value}. Its submodules are compiled, each for "
-        f"itself: {names}.",
-    )
-    for child in children:
-        child.compile(backend=compiler.backend)
-
-
-def compile_forward(run: Run, compiler: Compiler, reason: str) -> None:
-    """Compile `training_step` in as many graphs as it needs, and say why it is not the whole step."""
-    warn("compile", f"The whole training step cannot be one graph: {reason}. Only its forward and backward pass are compiled.")
-    run.training_step = ForwardStep(run, compiler)
-
-
-class ForwardStep:
-    """A compiled `training_step`: the forward pass and its backward pass in graphs, all else in eager."""
-
-    def __init__(self, run: Run, compiler: Compiler) -> None:
-        self._run = run
-        self._compiler = compiler
-        self._recorder = Recorder()
-        self._eager = run.training_step
-        self._step: Callable[..., Any] = compiler.compile_in_parts(run.training_step)
-
-    def __call__(self, *arguments: Any) -> Any:
-        """Compute the loss."""
-        attributes = self._run.module.__dict__
-        metrics, self._recorder.calls = attributes["_metrics"], []
-        attributes["_metrics"] = None if metrics is None else self._recorder
-        try:
-            output = self._step(*arguments)
-        except self._compiler.errors as error:
-            warn("compile", f"training_step cannot be compiled: {reason_of(error)}. It runs in eager.")
-            self._run.training_step = self._step = self._eager
-            self._recorder.calls = []
-            output = self._eager(*arguments)
-        finally:
-            attributes["_metrics"] = metrics
-        for call in self._recorder.calls:
-            metrics.log(*call)
-        return output

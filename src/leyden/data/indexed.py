@@ -258,7 +258,10 @@ def rebuilt(loader: DataLoader[Any], **changed: Any) -> DataLoader[Any]:
         loader: also of a subclass that lacks newer options, such as ``in_order``.
         **changed: arguments of `DataLoader`, a ``batch_sampler`` or a ``sampler`` among them.
     """
-    return DataLoader(**({name: getattr(loader, name) for name in ARGUMENTS if hasattr(loader, name)} | changed))
+    arguments = {name: getattr(loader, name) for name in ARGUMENTS if hasattr(loader, name)} | changed
+    if arguments["num_workers"] == 0:  # set later on, when the loader may have what is refused without workers
+        arguments.update(persistent_workers=False, prefetch_factor=None)
+    return DataLoader(**arguments)
 
 
 def order_of(loader: DataLoader[Any]) -> dict[str, Any]:

@@ -26,7 +26,8 @@ def copies_for(move: Any, reader: Reader, index: int) -> Start | None:
     where reading a batch early might give another one (`Reader.reads_ahead`).
 
     Args:
-        move: what brings a batch to the device, or a function that has it as ``__wrapped__``.
+        move: what brings a batch to the device, or a function that has it as ``__wrapped__``; what that one has as ``around``,
+            if anything, wraps the beginning of each copy, to count its time.
         reader: of the loader.
         index: the number of the loader among several.
     """
@@ -34,7 +35,8 @@ def copies_for(move: Any, reader: Reader, index: int) -> Start | None:
     if not isinstance(plain, DeviceMove) or plain.device.type != "cuda" or not reader.reads_ahead:
         return None
     copies = CudaCopies(plain.device, plain.dtype)
-    return lambda batch: copies.start(batch) if can_be_copied(batch) else lambda: move(batch, index)
+    begin = getattr(move, "around", lambda function: function)(copies.start)
+    return lambda batch: begin(batch) if can_be_copied(batch) else lambda: move(batch, index)
 
 
 def one_ahead(reading: Iterator[tuple[Any, Ticket]], start: Start) -> Iterator[tuple[Any, Ticket]]:

@@ -14,7 +14,7 @@ import torch
 from leyden.errors import reject
 from leyden.flops import Flops, Load, Workload, begins_as_graph
 from leyden.profilers.profiler import Profiler
-from leyden.throughput import Rates, check_peak, compute_dtype, device_name, make_rates, peak_flops, total
+from leyden.throughput import Rates, check_peak, compute_dtype, device_name, make_rates, peak_flops
 
 _LEFT_OUT = ("validation", "sanity_check")
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
@@ -229,8 +229,8 @@ class _Sum:
     def add(self, load: Load) -> None:
         self.batches += 1
         self.samples += load.samples
-        self.tokens = total([self.tokens, load.tokens])
-        self.flops = total([self.flops, load.flops])
+        self.tokens = None if self.tokens is None or load.tokens is None else self.tokens + load.tokens
+        self.flops = None if self.flops is None or load.flops is None else self.flops + load.flops
 
 
 def _short(number: float) -> str:

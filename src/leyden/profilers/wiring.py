@@ -18,6 +18,11 @@ def measures(profiler: Profiler) -> bool:
     return not isinstance(profiler, PassThroughProfiler)
 
 
+def wraps(profiler: Profiler) -> bool:
+    """Whether the parts of a step are to be wrapped, and not only whole batches."""
+    return measures(profiler) and profiler.wants_actions
+
+
 def listens(profiler: Profiler) -> bool:
     """Whether the beginning of batches matters to this profiler."""
     return type(profiler).begin_batch is not Profiler.begin_batch
@@ -33,14 +38,14 @@ def finish(profiler: Profiler, verb: str) -> None:
 
 def hooks_of(profiler: Profiler) -> Callable[[Any, str, Hook], Hook] | None:
     """What a `Resolver` wraps each hook in: given its owner, its name and the hook. None wraps nothing."""
-    if not (measures(profiler) and profiler.wants_actions):
+    if not wraps(profiler):
         return None
     return lambda owner, name, hook: profiled(profiler, action_name(owner, name), hook)
 
 
 def batches_of(profiler: Profiler) -> Callable[[Iterator[Any]], Iterator[Any]] | None:
     """What a loader's iterator is wrapped in. None wraps nothing."""
-    if not (measures(profiler) and profiler.wants_actions):
+    if not wraps(profiler):
         return None
     return lambda iterator: ProfiledBatches(iterator, profiler)
 
@@ -54,7 +59,7 @@ def profile_run(run: Run, profiler: Profiler) -> None:
     if listens(profiler):
         hooks.on_train_batch_start = (lambda batch, *_: profiler.begin_batch(batch), *hooks.on_train_batch_start)
     hooks.on_train_batch_end = (*hooks.on_train_batch_end, lambda _, batch, *__: profiler.end_batch(batch))
-    if not profiler.wants_actions:
+    if not wraps(profiler):
         return
     run.training_step = profiled(profiler, action_name(module, "training_step"), run.training_step)
     run.backward = profiled(profiler, "backward", run.backward)
@@ -81,7 +86,7 @@ def profile_evaluation(run: Evaluation, profiler: Profiler) -> None:
         if listens(profiler):
             hooks.batch_start = (lambda batch, *_: profiler.begin_batch(batch), *hooks.batch_start)
         hooks.batch_end = (*hooks.batch_end, lambda _, batch, *__: profiler.end_batch(batch))
-    if profiler.wants_actions:
+    if wraps(profiler):
         run.step = profiled(profiler, action_name(run.module, f"{run.stage}_step"), run.step)
         run.move = profiled(profiler, "batch_to_device", run.move) if run.move is not None else None
 
