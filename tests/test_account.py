@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -368,3 +370,23 @@ def test_steps_that_a_gpu_waits_for_the_host_with_may_be_worth_compiling() -> No
 
 def test_the_table_tells_of_the_device() -> None:
     assert "on the device: as told" in str(on_a_device(spent(), 1.0)).splitlines()
+
+
+def test_the_page_explains_every_part() -> None:
+    page = Path(__file__).parents[1].joinpath("docs", "speed.md").read_text(encoding="utf-8")
+    section = page[page.index("## Where the time goes") :]
+    rows = re.findall(r"^\| ([a-z][a-z -]*) \|", section[: section.index("### ")], flags=re.MULTILINE)
+    assert [row for row in rows if row != "part"] == list(TimeAccount().seconds())
+
+
+def test_the_page_states_the_thresholds() -> None:
+    page = Path(__file__).parents[1].joinpath("docs", "speed.md").read_text(encoding="utf-8")
+    shares = dict(re.findall(r"^\| ([a-z ]+) \| (\d+) % \|", page, flags=re.MULTILINE))
+    assert shares == {
+        "waiting for data": f"{100 * WAITING_SHARE:.0f}",
+        "host to device": f"{100 * OVERHEAD_SHARE:.0f}",
+        "validation": f"{100 * VALIDATION_SHARE:.0f}",
+        "checkpoints": f"{100 * OVERHEAD_SHARE:.0f}",
+        "logging": f"{100 * OVERHEAD_SHARE:.0f}",
+        "everything else": f"{100 * REST_SHARE:.0f}",
+    }

@@ -91,9 +91,10 @@ class TimeAccount:
 
     Parts: "set-up" (from the call of `fit` to the first epoch, with the sanity check), "compilation", "waiting for data",
     "host to device" (moving batches, with transfer hooks), "forward and backward" (with `training_step` and the hooks in
-    between), "training step" (instead of it and "optimizer", in manual optimization), "optimizer" (unscaling, clipping, the
-    step, its schedulers), "validation" (with its data), "checkpoints" (what training waits for, not what is written beside
-    it), "logging", "waiting for the device" (to read logged values from it) and "everything else": hooks, callbacks, the loop.
+    between), "training step" (instead of it and "optimizer": manual optimization, steps compiled into one graph), "optimizer"
+    (unscaling, clipping, the step, its schedulers), "validation" (with its data), "checkpoints" (what training waits for, not
+    what is written beside it), "logging", "waiting for the device" (to read logged values from it) and "everything else":
+    hooks, callbacks, the loop.
     A part that happens inside of another, as a value that is logged in validation, counts for itself only.
 
     Nothing of it goes into checkpoints: a run that goes on from one begins a new account.
@@ -187,8 +188,8 @@ class TimeAccount:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that were made."""
-        return 0 if self._progress is None else int(self._progress.global_step) - self._first_step
+        """Optimizer steps that were made, less those that ``nan_policy="rollback"`` took back."""
+        return 0 if self._progress is None else max(0, int(self._progress.global_step) - self._first_step)
 
     @property
     def on_device_s(self) -> float:

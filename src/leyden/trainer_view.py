@@ -233,6 +233,8 @@ class TrainerView(ABC):
     def explain(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> str:
         """Print the lifecycle of `fit` with your own hooks in their places, and what was chosen for you and why.
 
+        After a `fit` of the same module also where its time went, as `time_account` has it.
+
         Args:
             model: whose hooks.
             datamodule: whose hooks as well.

@@ -7,6 +7,8 @@ import gc
 import os
 import pickle
 import random
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from itertools import islice
@@ -213,6 +215,25 @@ def test_workers_live_on_from_one_pass_to_the_next_and_end_with_the_loader() -> 
     for process in first:
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("dataset", ["TensorDataset(torch.arange(99))", "Stream()"])
+def test_a_program_ends_though_its_loader_still_has_workers(dataset: str, persistent: bool) -> None:
+    code = f"""
+import torch
+from torch.utils.data import IterableDataset, TensorDataset
+from leyden.data import DataLoader
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(99))
+loader = DataLoader({dataset}, num_workers=1, persistent_workers={persistent})
+batches = iter(loader)
+next(batches)
+print("end")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
 def test_workers_that_are_not_to_live_on_see_what_the_program_has_changed() -> None:

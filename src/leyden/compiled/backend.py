@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -45,7 +45,7 @@ class Compiler:
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile a function into one graph; what cannot be one raises one of ``errors`` when it is called."""
-        return torch.compile(function, fullgraph=True, backend=self.backend)
+        return torch.compile(function, fullgraph=True, backend=self.backend, options={"guard_filter_fn": keep_guards})
 
     def compile_in_parts(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile a function into as many graphs as it needs."""
@@ -80,6 +80,30 @@ class Compiler:
         for tensor in _tensors(batch):
             for dimension in range(tensor.dim()):
                 torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
+def keep_guards(guards: Sequence[Any]) -> list[bool]:
+    """Which of the compiler's checks before each step are needed; there are hundreds, and they are half the time of a tiny step.
+
+    All of the user's are kept. Left out are those of names of Python, torch and leyden, and of what belongs to
+    `leyden.compiled.graph.StepBody`: who changes that says so (`Update.form`), or makes a new one.
+    """
+    return [_is_needed(guard) for guard in guards]
+
+
+def _is_needed(guard: Any) -> bool:
+    name: str = guard.name
+    if guard.is_global:
+        module = str(getattr(guard.value, "__module__", "")) if guard.has_value else ""
+        return guard.guard_type not in _OF_NAMES and module.partition(".")[0] not in ("torch", "leyden")
+    return not name.startswith("self") or guard.guard_type == "DUPLICATE_INPUT" or name.startswith(_WATCHED)
+
+
+_OF_NAMES = ("BUILTIN_MATCH", "MODULE_MATCH", "CLASS_MATCH")
+_WATCHED = (
+    "self.training_step", "self.update.form", "self.update.parameters[", "self.update.frozen[", "self.update.stand_in",
+    "self.has_gradient",
+)  # fmt: skip
 
 
 @contextmanager

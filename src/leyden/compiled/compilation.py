@@ -54,6 +54,7 @@ class Compilation:
         self._step: CompiledStep | None = None
         self._children: list[nn.Module] = []
         self._state: dict[str, Any] = {}
+        self._difference: float | None = None  # to eager, once nothing is compiled any more
         self.what, self.reason = "nothing", ""
 
     def begin(self) -> None:
@@ -83,7 +84,9 @@ class Compilation:
 
     def undo(self) -> None:
         """Leave nothing compiled behind."""
-        self._run.training_step, self._step = self._eager_step, None
+        self._run.training_step = self._eager_step
+        if self._step is not None:
+            self._state, self._difference, self._step = self._step.state_dict(), self._step.largest_difference, None
         for child in self._children:
             child._compiled_call_impl = None
         self._children = []
@@ -100,8 +103,9 @@ class Compilation:
             return setting, f"{self.what} is to be compiled" if self.what != "nothing" else "nothing is compiled yet"
         count = "1 graph" if self._compiler.graphs == 1 else f"{self._compiler.graphs} graphs"
         done = f"{self.what} is compiled: {count}"
-        if self._step is not None and self._step.largest_difference is not None:
-            done += f", at most {self._step.largest_difference:.0e} from eager in the first steps"
+        difference = self._difference if self._step is None else self._step.largest_difference
+        if difference is not None:
+            done += f", at most {difference:.0e} from eager when first used"
         return setting, f"{done}; not the whole step: {self.reason}" if self.reason else done
 
     def state_dict(self) -> dict[str, Any]:

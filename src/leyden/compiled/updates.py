@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ class Update(ABC):
 
     Attributes:
         parameters: those that may get gradients, in the optimizer's order.
+        frozen: those that do not require any.
+        form: of the formula; the graph is made anew when it changes, and for nothing else of what is here.
     """
 
     parameters: list[Tensor]
@@ -40,7 +43,8 @@ class Update(ABC):
         self.parameters = parameters
         known = {id(parameter) for parameter in parameters}
         self._others = [each for each in parameters_of(optimizer) if id(each) not in known]
-        self._frozen = [each for each in self._others if not each.requires_grad]
+        self.frozen = [each for each in self._others if not each.requires_grad]
+        self.form = "0"
         self._sizes = [len(group["params"]) for group in optimizer.param_groups]
         self._probe = self._first_state()
 
@@ -58,8 +62,13 @@ class Update(ABC):
         Raises:
             CaptureError: if they were.
         """
-        if not all(each.requires_grad for each in self.parameters) or any(each.requires_grad for each in self._frozen):
+        if not all(each.requires_grad for each in self.parameters) or any(each.requires_grad for each in self.frozen):
             raise CaptureError(CHANGED)
+        assert self.form  # read, so that the compiler watches it
+
+    def change_form(self) -> None:
+        """Have the graph made anew."""
+        self.form = str(int(self.form) + 1)
 
     @abstractmethod
     def before_step(self) -> None:
@@ -151,6 +160,7 @@ class FactorUpdate(Update):
 
     def _arrange(self) -> None:
         """Give each parameter its row."""
+        self.change_form()
         places: dict[tuple[int, int], int] = {}
         self.rows = [
             places.setdefault((id(group), count), len(places))
@@ -158,7 +168,11 @@ class FactorUpdate(Update):
         ]
         self._first = [self.rows.index(row) for row in range(len(places))]  # a parameter of each row
         self._seen: list[list[float]] = []
-        self.factors = torch.tensor(self._numbers(), dtype=self._dtype, device=self.parameters[0].device)
+        numbers = self._numbers()
+        self._memory = array("d", [each for row in numbers for each in row])
+        self.factors = torch.frombuffer(self._memory, dtype=torch.float64).view(len(numbers), -1)
+        if self.parameters[0].device.type != "cpu":  # there the host just writes to it
+            self.factors = self.factors.to(self.parameters[0].device, self._dtype)
 
     def _numbers(self) -> list[list[float]]:
         return [self._row(self.groups[index], self.counts[index] + 1) for index in self._first]
@@ -167,10 +181,14 @@ class FactorUpdate(Update):
         """See `Update.before_step`."""
         flags = [self._flags(self.groups[index]) for index in self._first]
         if flags != [self.flags[index] for index in self._first]:
-            self.flags = [self._flags(group) for group in self.groups]  # another formula: the graph is made anew
+            self.flags = [self._flags(group) for group in self.groups]
+            self.change_form()
         numbers = self._numbers()
         if numbers != self._seen:
             self._seen = numbers
+            if self.factors.device.type == "cpu":
+                self._memory[:] = array("d", [each for row in numbers for each in row])
+                return
             on_host = torch.tensor(numbers, dtype=self._dtype)
             if self.factors.is_cuda:
                 on_host = on_host.pin_memory()  # else the copy would wait for the device

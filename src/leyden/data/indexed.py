@@ -39,7 +39,7 @@ from torch.utils.data.distributed import DistributedSampler
 from leyden.data.generators import generator_states, owned_generators, seed_generators, set_generator_states
 from leyden.data.reader import Position, Reader, Ticket, as_torch, has_state, shut_down_workers
 from leyden.data.seeded import SeededDataset, WorkerInit, as_loaded, fetcher
-from leyden.data.worker import signals_held_back
+from leyden.data.worker import end_at_exit, signals_held_back
 from leyden.errors import warn
 from leyden.seed import (
     RandomStream,
@@ -209,6 +209,7 @@ class IndexedReader(Reader):
         in_order = getattr(self.loader, "in_order", True)
         with signals_held_back():  # until the workers know what to do with them
             batches = iter(self._workers)
+        end_at_exit(batches)
         # without workers torch loads here, to pin memory
         apart = nullcontext() if self.loader.num_workers else RandomStream(0)
         for number in itertools.count(count + 1):

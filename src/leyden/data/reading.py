@@ -17,7 +17,7 @@ from leyden.data.generators import generator_states, owned_generators, set_gener
 from leyden.data.indexed import IndexedReader, is_plain
 from leyden.data.reader import Position, Reader, Ticket, as_torch, has_state, shut_down_workers
 from leyden.data.seeded import WorkerInit
-from leyden.data.worker import signals_held_back
+from leyden.data.worker import end_at_exit, signals_held_back
 from leyden.errors import DataError, warn
 from leyden.seed import (
     RandomStream,
@@ -149,6 +149,7 @@ class OpaqueReader(Reader):
                 set_generator_states(owned_generators(self.loader), start["generators"])
             with signals_held_back():
                 iterator = iter(self.loader)
+            end_at_exit(iterator)
             self.only_once = iterator is self.loader
             reading = self._read(iterator, start, limit)
             next(islice(reading, done - 1, done), None) if done else None

@@ -1,13 +1,17 @@
-"""What a loader's worker process does with the signals that a scheduler sends to all processes of a job."""
+"""What a loader's worker process does with the signals that a scheduler sends to all processes of a job, and how it ends."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import FrameType
+from typing import Any
 
 # What schedulers warn with before they kill. SIGTERM is also how torch ends a worker that hangs.
 PREEMPTION_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU")
@@ -55,6 +59,26 @@ def ignore_preemption_signals() -> None:
             signal.siginterrupt(number, False)  # a read within a C library goes on instead of failing with EINTR
     threading.Thread(target=_end_at_second_term, args=(reader,), daemon=True, name="leyden_signals").start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _numbers())  # see signals_held_back
+
+
+def end_at_exit(iterator: Any) -> None:
+    """Shut down the workers of torch's ``iterator`` when the program ends, unless that has been done before.
+
+    At exit multiprocessing sends each of its processes one SIGTERM, and waits. Those that outlive it would be waited for
+    for ever.
+    """
+    if hasattr(iterator, "_shutdown_workers"):
+        _shut_down_at_exit()
+        _started.add(iterator)
+
+
+_started: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+@cache
+def _shut_down_at_exit() -> None:
+    # Not on import: what is registered later runs earlier, and torch must not have seen the end of the program yet.
+    atexit.register(lambda: [iterator._shutdown_workers() for iterator in list(_started)])
 
 
 def _numbers() -> list[signal.Signals]:
