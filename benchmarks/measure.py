@@ -12,6 +12,7 @@ import contextlib
 import gc
 import importlib
 import io
+import itertools
 import logging
 import multiprocessing
 import os
@@ -38,7 +39,7 @@ _TAIL = 2
 
 
 class StepReachedError(Exception):
-    """Raised by a step, to see what stands between it and the call of the trainer."""
+    """Raised by a step, to end a run of which only that one matters."""
 
 
 class LaneError(Exception):
@@ -355,17 +356,17 @@ def calls_per_step(contestant: Contestant, workload: Workload, folder: Path) -> 
 
 def frames(contestant: Contestant, workload: Workload, folder: Path) -> int:
     """The frames between the call of the trainer and the user's step."""
+    own, found = str(Path(__file__).parent), []
 
     def tick() -> None:
+        between = itertools.takewhile(lambda at: at[0].f_code is not frames.__code__, traceback.walk_stack(None))
+        found.append(sum(not frame.f_code.co_filename.startswith(own) for frame, _ in between))
         raise StepReachedError
 
     task = workload.task()
     task.tick = tick
-    own = str(Path(__file__).parent)
     with off_screen():
         run = contestant.make(task, workload.loader(workload.data(2)), folder)
-        try:
+        with contextlib.suppress(Exception):  # some replace the error by one of their own
             run()
-        except StepReachedError as reached:
-            return sum(not frame.filename.startswith(own) for frame in traceback.extract_tb(reached.__traceback__))
-    raise AssertionError("the step was not reached")
+    return found[0]

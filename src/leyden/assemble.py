@@ -22,7 +22,7 @@ from leyden.fused import KernelChoice, choose_kernels
 from leyden.hooks import Resolver, check_names, overridden, step_arity
 from leyden.metrics import Metrics
 from leyden.module import LightningModule
-from leyden.optimizers import LightningOptimizer, clip_gradients, needs_closure, normalize_optimizers
+from leyden.optimizers import LightningOptimizer, clip_gradients, needs_closure, normalize_optimizers, zero_grad_of
 from leyden.policies import apply_policies
 from leyden.precision import LossScaler, Precision
 from leyden.profilers.wiring import hooks_of, profile_evaluation, profile_run, wraps
@@ -183,7 +183,7 @@ def make_run(parts: Parts, reload_loaders: Callable[[Run], None]) -> Run:
         schedulers=found.schedulers,
         reevaluates=optimizer is not None and needs_closure(optimizer),
         backward=_backward_of(module, settings, outlet.progress, scaler is not None),
-        zero_grad=optimizer.zero_grad if optimizer is not None else _nothing,
+        zero_grad=zero_grad_of(optimizer) if optimizer is not None else _nothing,
         clip=_make_clip(module, settings) if mode is not Mode.MANUAL else None,
         own_optimizer_step=parts.own("optimizer_step") if mode is Mode.CLOSURE else None,
         own_scheduler_step=parts.own("lr_scheduler_step"),

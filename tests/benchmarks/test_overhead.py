@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import math
 import multiprocessing
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +20,10 @@ import torch
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 SCRIPTS = tuple(path.stem for path in FOLDER.glob("*.py"))
+SET_BY_SCRIPTS = (
+    "COLUMNS", "TERM", "KERAS_BACKEND",
+    "TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_FX_GRAPH_CACHE", "TORCHINDUCTOR_AUTOGRAD_CACHE",
+)  # fmt: skip
 Import = Callable[[str], ModuleType]
 
 
@@ -26,9 +32,13 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Import]:
     """Imports a script of the folder as `python benchmarks/….py` would."""
     present = {name: sys.modules.pop(name) for name in SCRIPTS if name in sys.modules}
     monkeypatch.syspath_prepend(FOLDER)
+    for name in SET_BY_SCRIPTS:  # so that it is put back, whatever a script sets
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+        monkeypatch.delenv(name)
     threads = torch.get_num_threads()
     yield importlib.import_module
     torch.set_num_threads(threads)
+    logging.disable(logging.NOTSET)
     for name in SCRIPTS:
         sys.modules.pop(name, None)
     sys.modules.update(present)
