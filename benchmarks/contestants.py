@@ -136,10 +136,13 @@ class Compiled(leyden.LightningModule):
 
 
 class Clock(Callback):
-    """The clock of a compiled step; it costs more than the one in `Task.loss`."""
+    """The clock of a compiled step, which costs more than the one in `Task.loss`; ends the run after its first epoch."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         pl_module.task.tick()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.should_stop = True
 
 
 def default_options(folder: Path) -> dict[str, Any]:
@@ -168,7 +171,8 @@ def by_leyden_compiled(compile_step: bool | str) -> Make:
     def make(task: Task, batches: DataLoader[Any], folder: Path) -> Run:
         chosen = default_options(folder)
         chosen["callbacks"].append(Clock())
-        trainer = leyden.Trainer(accelerator="cpu", max_epochs=1, compile=compile_step, **chosen)
+        # as if for long: "auto" compiles only if it pays before the end
+        trainer = leyden.Trainer(accelerator="cpu", max_epochs=1000, compile=compile_step, **chosen)
         module = Compiled(task)
         return lambda: trainer.fit(module, batches)
 

@@ -34,6 +34,8 @@ from workloads import WORKLOADS, Task, Workload
 
 CALL_STEPS = (20, 100)
 """Two lengths of run: the slope of the number of calls between them leaves out what happens once."""
+COMPILED_WARM_UP = 80
+"""Steps after which compilers have compiled, and compile="auto" has chosen."""
 _TAIL = 2
 """Steps after the last turn."""
 
@@ -128,6 +130,7 @@ def serve_contestant(connection: Connection, name: str, kind: str, steps: int, f
     if contestant.package:
         os.environ.setdefault("KERAS_BACKEND", "torch")
         importlib.import_module(contestant.package)
+    importlib.import_module("torch._dynamo")  # the first step of an optimizer imports it, in seconds
     data, task = workload.data(steps), workload.task()
 
     def build(tick: Callable[[], None]) -> Run:
@@ -242,6 +245,7 @@ class Result:
 class _Entry:
     lane: Lane
     result: Result
+    warm_up: int
     begun_s: float = 0.0
 
 
@@ -271,7 +275,7 @@ class Race:
         self._open(open_lane)
         for name, entry in list(self._entries.items()):
             with self._failures(name):
-                entry.begun_s = entry.lane.advance(self.warm_up)
+                entry.begun_s = entry.lane.advance(entry.warm_up)
         for number in range(self.repeats + 1):
             names = list(self._entries)
             start = number % max(1, len(names))
@@ -283,24 +287,25 @@ class Race:
         for name, entry in list(self._entries.items()):
             with self._failures(name):
                 per_step = sum(1 / rate for rate in entry.result.steps_per_s) / self.repeats
-                rest_s = entry.begun_s + entry.lane.finish() - (self.warm_up + _TAIL) * per_step
+                rest_s = entry.begun_s + entry.lane.finish() - (entry.warm_up + _TAIL) * per_step
                 entry.result.set_up_s = max(0.0, rest_s)  # noise may be more than a short set-up
         return self.results
 
     def _open(self, open_lane: OpenLane) -> None:
         """Start everyone, as many at a time as there are cores."""
-        steps = self.warm_up + (self.repeats + 1) * self.turn + _TAIL
         cores = os.cpu_count() or 1
         for first in range(0, len(self.contestants), cores):
-            opened = {}
+            names = []
             for number, contestant in enumerate(self.contestants[first : first + cores], first):
-                own = self.folder / f"{number}"
+                own, name = self.folder / f"{number}", contestant.name
                 own.mkdir(parents=True)
-                opened[contestant.name] = open_lane(contestant, steps, own)
-            for name, lane in opened.items():
-                self._entries[name] = _Entry(lane, self.results[name])
+                warm_up = max(self.warm_up, COMPILED_WARM_UP if contestant.compiled else 0)
+                lane = open_lane(contestant, warm_up + (self.repeats + 1) * self.turn + _TAIL, own)
+                self._entries[name] = _Entry(lane, self.results[name], warm_up)
+                names.append(name)
+            for name in names:
                 with self._failures(name):
-                    lane.wait_until_ready()
+                    self._entries[name].lane.wait_until_ready()
 
     @contextlib.contextmanager
     def _failures(self, name: str) -> Iterator[None]:

@@ -216,6 +216,7 @@ class _Case:
         yield f"device={str(trainer.device)!r}", trainer._device_choice.reason
         yield from settings.reasons
         yield from self.kernels()
+        yield from self.compilation()
         yield "optimization", f"by {self.mode.value}"
         if self.run is None and self.mode is Mode.AUTOMATIC:
             yield "", "an optimizer that needs a closure, as LBFGS, makes training_step part of its step"
@@ -249,6 +250,14 @@ class _Case:
             names = ", ".join(kind.__name__ for kind in FUSED_KINDS)
             yield "fused_optimizer=True", f"default: torch's fused kernels for {names}, where they were left open"
 
+    def compilation(self) -> Iterator[tuple[str, str]]:
+        """What is compiled: the rule, and in a run what came of it."""
+        if self.run is not None and self.run.compiled is not None:
+            yield self.run.compiled.line()
+        elif self.settings.compile:
+            when = "if that is faster" if self.settings.compile == "auto" else "from the second step on"
+            yield f"compile={self.settings.compile!r}", f"given: the whole step as one graph, {when}"
+
     def log_dir(self) -> str:
         """Where files go; a number that is still to be taken is left open, for reading it would take it."""
         logger = self.trainer.logger
@@ -277,7 +286,7 @@ def given(settings: Settings) -> Iterator[tuple[str, str]]:
     by_default = {name.partition("=")[0] for name, _ in default.reasons}
     for name in Settings.__dataclass_fields__:
         value = getattr(settings, name)
-        if name in ("reasons", "plugins") or name in chosen:
+        if name in ("reasons", "plugins", "compile") or name in chosen:
             continue
         if name in by_default or value != getattr(default, name):
             yield f"{name}={getattr(value, 'name', value)!r}", "given"

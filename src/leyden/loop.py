@@ -44,8 +44,8 @@ def train(run: Run) -> None:
                 break
 
             account.mark = clock()
-            if run.compiled is not None and run.compiled.is_ready():
-                output = run.compiled.train_on(batch, batch_idx)
+            if run.compiled is not None and run.compiled.is_ready() and run.compiled.train_on(batch, batch_idx):
+                output = run.compiled.output
                 account.training_step_s += clock() - account.mark
             elif run.mode is Mode.AUTOMATIC:
                 if run.halving is None:

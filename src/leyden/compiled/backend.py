@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -32,14 +32,15 @@ class Compiler:
     """
 
     def __init__(self, device: torch.device, note: Callable[[float], None] = lambda seconds: None) -> None:
-        from torch._dynamo.exc import TorchDynamoException
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
-        self.errors = (TorchDynamoException,)
+        self.errors = (TorchDynamoException, FailOnRecompileLimitHit)
         self.graphs = 0
         self.seconds = 0.0
         self._note = note
         self._options: dict[str, Any] = {"fallback_random": True}
-        if device.type == "cuda":
+        self._on_cuda = device.type == "cuda"
+        if self._on_cuda:
             self._options["triton.cudagraphs"] = True
         self._warned = False
 
@@ -57,6 +58,17 @@ class Compiler:
 
         self.graphs += 1
         return compile_fx(graph, inputs, config_patches=self._options)
+
+    def keep_in_place(self, tensors: Iterable[Tensor]) -> None:
+        """Let CUDA graphs read and write these tensors where they are, instead of copies of them."""
+        if self._on_cuda:
+            for tensor in tensors:
+                torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def begin_step(self) -> None:
+        """Let CUDA graphs reuse the memory of the last step's results."""
+        if self._on_cuda:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
     def note_seconds(self, seconds: float) -> None:
         """Note how long a compilation took."""
@@ -112,13 +124,18 @@ def compiler_switches() -> Iterator[None]:
     import torch._dynamo
     import torch.compiler.config as compiler_config
 
+    config: Any = torch._dynamo.config
     with ExitStack() as stack:
-        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
-            stack.enter_context(torch._dynamo.config.patch(trace_autograd_ops=True))
-        # batch_idx is another number in each call, and not a constant of the first
-        config: Any = compiler_config
-        stack.enter_context(config.patch(dynamic_sources="L['batch_idx']"))
+        if hasattr(config, "trace_autograd_ops"):
+            stack.enter_context(config.patch(trace_autograd_ops=True))
+        # by default hooks that are added later are not noticed, and a counter of a module is a constant
+        stack.enter_context(config.patch(skip_nnmodule_hook_guards=False, allow_unspec_int_on_nn_module=True))
+        stack.enter_context(compiler_config.patch(dynamic_sources=",".join(_CHANGING)))  # type: ignore[attr-defined]
         yield
+
+
+_CHANGING = ("L['batch_idx']", r".*\.progress\.(epoch|global_step|batch|total_batches)$")
+"""Numbers that are others in each call, as torch names them: variables of a graph from the beginning."""
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -136,10 +153,13 @@ def reason_of(error: BaseException) -> str:
     text = str(error)
     if found := re.search(r"CaptureError\(['\"](.+?)['\"]\)", text):
         return found[1]
-    first = next((line.strip().rstrip(".") for line in text.splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip().rstrip(".") for line in text.splitlines() if line.strip()]
+    if len(lines) > 1 and re.fullmatch(r"backend=.* raised:", lines[0]):
+        lines = [f"torch's compiler failed with {lines[1]}"]
+    first = lines[0] if lines else type(error).__name__
     explanation = re.search(r"Explanation: (.+?)\.?$", text, re.MULTILINE)
-    lines = re.findall(r'File "([^"]+)", line (\d+), in', text.partition("from user code")[2])
-    own = [place for place in lines if "/leyden/" not in place[0]] or lines
+    places = re.findall(r'File "([^"]+)", line (\d+), in', text.partition("from user code")[2])
+    own = [place for place in places if "/leyden/" not in place[0]] or places
     place = f" ({own[-1][0]}:{own[-1][1]})" if own else ""
     return f"{first}{': ' + explanation[1] if explanation else ''}{place}"
 
@@ -148,4 +168,4 @@ def _last_reason() -> str:
     from torch._dynamo.utils import get_compilation_metrics
 
     reasons = [each.recompile_reason for each in get_compilation_metrics() if each.recompile_reason]
-    return reasons[-1] if reasons else "of another shape"
+    return reasons[-1].splitlines()[0].partition("  #")[0].strip() if reasons else "of another shape"

@@ -77,10 +77,16 @@ class Compilation:
         """Whether the next batch is for `train_on`."""
         return self._step is not None and self._step.is_ready()
 
-    def train_on(self, batch: Any, batch_idx: int) -> Any:
-        """Train on a batch by a graph; return what callbacks get of it."""
+    def train_on(self, batch: Any, batch_idx: int) -> bool:
+        """Train on a batch by a graph; whether that was possible, else nothing has happened. Sets `output`."""
         assert self._step is not None
         return self._step.train_on(batch, batch_idx)
+
+    @property
+    def output(self) -> Any:
+        """What callbacks get of the batch."""
+        assert self._step is not None
+        return self._step.output
 
     def undo(self) -> None:
         """Leave nothing compiled behind."""
@@ -102,7 +108,7 @@ class Compilation:
         if not self._compiler.graphs:
             return setting, f"{self.what} is to be compiled" if self.what != "nothing" else "nothing is compiled yet"
         count = "1 graph" if self._compiler.graphs == 1 else f"{self._compiler.graphs} graphs"
-        done = f"{self.what} is compiled: {count}"
+        done = f"{self.what} is compiled: {count} in {self._compiler.seconds:.1f} s"
         difference = self._difference if self._step is None else self._step.largest_difference
         if difference is not None:
             done += f", at most {difference:.0e} from eager when first used"
@@ -172,9 +178,14 @@ class MeasuredCompilation:
             self._measure()
         return self._inner.is_ready()
 
-    def train_on(self, batch: Any, batch_idx: int) -> Any:
+    def train_on(self, batch: Any, batch_idx: int) -> bool:
         """See `Compilation.train_on`."""
         return self._inner.train_on(batch, batch_idx)
+
+    @property
+    def output(self) -> Any:
+        """See `Compilation.output`."""
+        return self._inner.output
 
     def undo(self) -> None:
         """See `Compilation.undo`."""

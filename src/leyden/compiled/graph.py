@@ -23,7 +23,8 @@ class Recorder:
 
     def log(self, name: str, value: Any, *flags: Any) -> None:
         """Note one call of `Metrics.log`."""
-        self.calls.append((name, value.detach() if isinstance(value, Tensor) else value, *flags))
+        # a copy: what is logged may go on being changed in place
+        self.calls.append((name, value.detach().clone() if isinstance(value, Tensor) else value, *flags))
 
 
 class Result(NamedTuple):
@@ -119,7 +120,7 @@ class StepBody:
     def take_gradients(self) -> None:
         """Take over the gradients that the parameters have."""
         for parameter, held in zip(self.update.parameters, self.gradients, strict=True):
-            if parameter.grad is not None:
+            if parameter.grad is not None and parameter.grad is not held:
                 held.copy_(parameter.grad)
 
     def __call__(self, batch: Any, batch_idx: int, window: int, first: bool, last: bool) -> Result:

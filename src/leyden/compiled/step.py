@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from types import FunctionType, MethodType
@@ -12,14 +13,16 @@ from torch import Tensor
 from torch.optim import SGD
 
 from leyden.compiled.backend import Compiler, reason_of
-from leyden.compiled.check import UPDATE_FACTOR, Snapshot, relative, to_host, tolerance
+from leyden.compiled.check import UPDATE_FACTOR, Snapshot, differences, relative, state_of, tolerance
 from leyden.compiled.graph import Clip, LossScale, Recorder, Result, StepBody
-from leyden.compiled.updates import CHANGED, CaptureError, Update, make_update
+from leyden.compiled.updates import CHANGED, NEW_STATE, CaptureError, Update, make_update
 from leyden.run import Run, detached, loss_of
 
 MAX_STATIC_SHAPES = 4
 """Shapes of batches that get a graph of their own; for others there is one in which the sizes are variables."""
 ANY = "any"
+_NUMBERS = itertools.count()
+_RAISED = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 
 Shape = Any
 """The sizes of all tensors of a batch, in its structure."""
@@ -42,6 +45,7 @@ class CompiledStep:
         on_give_up: is told why there is no graph, in words that end a sentence.
 
     Attributes:
+        output: what callbacks get of the last batch.
         largest_difference: to eager, relative, of what was compared; None before that.
     """
 
@@ -57,6 +61,7 @@ class CompiledStep:
         self._graphs: dict[Shape, Callable[..., Result]] = {}
         self._checked: set[tuple[Shape, bool, bool]] = set()
         self._takes_window = False
+        self.output: Any = None
         self.largest_difference: float | None = None
 
     def is_ready(self) -> bool:
@@ -66,16 +71,20 @@ class CompiledStep:
             self._takes_window = progress.global_step > 0 and _has_state(self._run)
         return self._takes_window
 
-    def train_on(self, batch: Any, batch_idx: int) -> Any:
-        """Train on a batch: all from the forward pass to the schedulers; return what callbacks get of it."""
+    def train_on(self, batch: Any, batch_idx: int) -> bool:
+        """Train on a batch: all from the forward pass to the schedulers. Sets `output`.
+
+        Returns:
+            Whether that was done. If not, nothing has happened, and the loop is to train on the batch.
+        """
         run = self._run
         if self._update is not None and not self._update.is_current():
-            return self._start_over(batch, batch_idx)  # parameters or state are not those that the graphs know
+            return self._start_over()  # parameters or state are not those that the graphs know
         if self._body is None or (run.window > 1 and not self._body.gradients):
             try:
                 self._begin()
             except CaptureError as error:
-                return self._give_up(str(error), batch, batch_idx)
+                return self._give_up(str(error))
         first, last = run.progress.micro_batch == 0, run.progress.micro_batch + 1 == run.window
         shape = self._shape_of_graph(batch)
         if (shape, first, last) not in self._checked:
@@ -84,7 +93,7 @@ class CompiledStep:
         try:
             result = self._call(shape, first, last, batch, batch_idx)
         except self._compiler.errors as error:  # it was to be compiled anew; nothing of the step is done
-            return self._not_captured(reason_of(error), batch, batch_idx)
+            return self._not_captured(reason_of(error))
         if self._compiler.graphs != graphs:
             self._compiler.look_at_recompilation()
         return self._settle(result, first, last)
@@ -98,25 +107,26 @@ class CompiledStep:
             self._update.before_step()
         metrics, self._recorder.calls = attributes["_metrics"], []
         attributes["_metrics"] = None if metrics is None else self._recorder
+        self._compiler.begin_step()
         try:
             return self._graphs[shape](batch, batch_idx, run.window, first, last)
         finally:
             attributes["_metrics"] = metrics
 
-    def _settle(self, result: Result, first: bool, last: bool) -> Any:
+    def _settle(self, result: Result, first: bool, last: bool) -> bool:
         """Log and count what was done, as `loop.forward_backward` and `loop.optimizer_step` do."""
         run, progress = self._run, self._run.progress
         for call in self._recorder.calls:
             run.metrics.log(*call)
-        run.loss = result.loss
+        run.loss, self.output = result.loss, result.output
         if result.loss is None:
             progress.skipped_batches += 1
-            return None
+            return True
         if not last:
             progress.micro_batch += 1
-            if first and self._body is not None:
+            if self._body is not None:
                 self._body.show_gradients()
-            return result.output
+            return True
         progress.micro_batch = 0
         run.stepped = True
         run.moved = result.overflowed is None or not bool(result.overflowed)  # bool() waits for the device
@@ -125,7 +135,7 @@ class CompiledStep:
         progress.global_step += 1
         if run.moved and run.step_schedulers:
             run.step_schedulers_after_step()
-        return result.output
+        return True
 
     def _shape_of_graph(self, batch: Any) -> Shape:
         shape = shape_of(batch)
@@ -142,7 +152,9 @@ class CompiledStep:
     def _new_graph(self) -> Callable[..., Result]:
         # With a code object of its own: the compiler keeps its graphs by code, and tries one after the other.
         body = StepBody.__call__
-        function = FunctionType(body.__code__.replace(), body.__globals__, "training_step")
+        # And a name of its own: by that it remembers which sizes and numbers have changed, in this run and earlier ones.
+        code = body.__code__.replace(co_name=f"training_step_{next(_NUMBERS)}")
+        function = FunctionType(code, body.__globals__, code.co_name)
         return self._compiler.compile(MethodType(function, self._body))
 
     # The first use of a graph
@@ -164,34 +176,42 @@ class CompiledStep:
             wants_output=run.wants_outputs,
             gradients=[torch.zeros_like(each) for each in self._update.parameters] if run.window > 1 else [],
         )
+        self._compiler.keep_in_place([*run.module.parameters(), *run.module.buffers(), *state_of(run.optimizer)])
+        self._compiler.keep_in_place([*self._update.numbers(), *self._body.tensors()])
 
-    def _first_use(self, shape: Shape, first: bool, last: bool, batch: Any, batch_idx: int) -> Any:
-        """Make the step in eager and by the graph, compare, and keep the graph's."""
+    def _first_use(self, shape: Shape, first: bool, last: bool, batch: Any, batch_idx: int) -> bool:
+        """Make the step by the graph and in eager, compare, and keep the graph's."""
         assert self._body is not None
-        before = Snapshot(self._run, self._body.tensors())
-        wanted = self._eager(first, last, batch, batch_idx)
-        wanted_calls, wanted_tensors = self._recorder.calls, to_host(before.tensors)
-        before.put_back()
+        others, has_gradient = self._body.tensors(), list(self._body.has_gradient)
+        before = Snapshot(self._run, others, batch)
         start = time.perf_counter()
         try:
             result = self._call(shape, first, last, batch, batch_idx)
         except self._compiler.errors as error:
             before.put_back()
-            return self._not_captured(reason_of(error), batch, batch_idx)
-        self._compiler.note_seconds(time.perf_counter() - start)
-        allowed = tolerance(self._run)
-        differences = before.differences(wanted_tensors, allowed)
-        differences.update(_of_values(result, wanted, self._recorder.calls, wanted_calls))
-        self.largest_difference = max(self.largest_difference or 0.0, *differences.values())
-        name, ratio = _worst(differences, allowed)
+            return self._not_captured(reason_of(error))
+        except _RAISED as error:  # if it is the user's own, eager says where
+            before.put_back()
+            return self._give_up(f"the graph raised {type(error).__name__}: {reason_of(error)}")
+        finally:
+            self._compiler.note_seconds(time.perf_counter() - start)
+        got, calls = Snapshot(self._run, others, batch), self._recorder.calls
+        before.put_back()
+        wanted = self._eager(first, last, batch, batch_idx)
+        allowed, now = tolerance(self._run), Snapshot(self._run, others, batch, copied=False)
+        found = differences(before, got, now, self._run, allowed)
+        found.update(_of_values(result, wanted, calls, self._recorder.calls))
+        self.largest_difference = max(self.largest_difference or 0.0, *found.values())
+        name, ratio = _worst(found, allowed)
         if not ratio <= 1:  # nan too
             before.put_back()
+            self._body.has_gradient = has_gradient
             return self._give_up(
-                f"the first compiled step differs from the eager one: {name} by {differences[name]:.1e}, "
-                f"{ratio:.1f} times the tolerance",
-                batch,
-                batch_idx,
+                f"the first compiled step differs from the eager one: {name} by {found[name]:.1e}, "
+                f"{ratio:.1f} times the tolerance"
             )
+        got.put_back()
+        self._recorder.calls = calls
         self._checked.add((shape, first, last))
         return self._settle(result, first, last)
 
@@ -214,7 +234,7 @@ class CompiledStep:
         if run.window > 1:
             loss = loss / run.window
         torch.autograd.backward(loss if run.scaler is None else run.scaler.scale(loss))
-        if first and not last and self._body is not None:
+        if not last and self._body is not None:
             self._body.take_gradients()
         overflowed = None
         if last:
@@ -230,26 +250,20 @@ class CompiledStep:
             run.optimizer.zero_grad()
         return Result(loss.detach(), detached(output) if run.wants_outputs else None, overflowed, [])
 
-    def _not_captured(self, reason: str, batch: Any, batch_idx: int) -> Any:
-        if reason == CHANGED:
-            return self._start_over(batch, batch_idx)
-        return self._give_up(reason, batch, batch_idx)
+    def _not_captured(self, reason: str) -> bool:
+        return self._start_over() if reason in (CHANGED, NEW_STATE) else self._give_up(reason)
 
-    def _give_up(self, reason: str, batch: Any, batch_idx: int) -> Any:
-        """Train on this batch in eager, and on the next ones with a compiled forward pass."""
-        output = self._start_over(batch, batch_idx)
+    def _give_up(self, reason: str) -> bool:
+        """Leave this batch and the next ones to the loop, with a compiled forward pass."""
         self._on_give_up(reason)
-        return output
+        return self._start_over()
 
-    def _start_over(self, batch: Any, batch_idx: int) -> Any:
-        """Train on this batch in eager and forget the graphs."""
-        progress = self._run.progress
-        first, last = progress.micro_batch == 0, progress.micro_batch + 1 == self._run.window
-        result = self._eager(first, last, batch, batch_idx)
+    def _start_over(self) -> bool:
+        """Leave this batch, and the rest of its window, to the loop, and forget the graphs."""
         self._takes_window, self._update, self._body = False, None, None
         self._graphs.clear()
         self._checked.clear()
-        return self._settle(result, first, last)
+        return False
 
     # A checkpoint
 

@@ -10,11 +10,13 @@ import inspect
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from leyden.fused import looks_at_fused
 from leyden.optimizers import parameters_of
@@ -25,6 +27,7 @@ class CaptureError(Exception):
 
 
 CHANGED = "other parameters are trained than before"
+NEW_STATE = "a parameter gets its first gradient"
 
 
 class Update(ABC):
@@ -45,16 +48,19 @@ class Update(ABC):
         self._others = [each for each in parameters_of(optimizer) if id(each) not in known]
         self.frozen = [each for each in self._others if not each.requires_grad]
         self.form = "0"
-        self._sizes = [len(group["params"]) for group in optimizer.param_groups]
-        self._probe = self._first_state()
+        self._known = self._referred_to()
 
-    def _first_state(self) -> list[int]:
-        return [id(value) for value in self.optimizer.state.get(self.parameters[0], {}).values()]
+    def _referred_to(self) -> list[Any]:
+        """What the graph takes for granted of the optimizer: groups, parameters, state and hooks."""
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        found = [*groups, *(each for group in groups for each in group["params"])]
+        found += [value for values in state.values() for value in values.values() if isinstance(value, Tensor)]
+        return found + [hook for hooks in _hooks_of(self.optimizer) for hook in hooks.values()]
 
     def is_current(self) -> bool:
-        """Whether the optimizer still has the parameters and the state that the graph refers to."""
-        sizes = [len(group["params"]) for group in self.optimizer.param_groups]
-        return sizes == self._sizes and self._first_state() == self._probe
+        """Whether the optimizer is still made of the objects that the graph refers to."""
+        now = self._referred_to()
+        return len(now) == len(self._known) and all(map(is_, now, self._known))
 
     def refuse_if_changed(self) -> None:
         """Refuse to go on where parameters were frozen or set free. Traced; the compiler watches ``requires_grad``.
@@ -65,6 +71,10 @@ class Update(ABC):
         if not all(each.requires_grad for each in self.parameters) or any(each.requires_grad for each in self.frozen):
             raise CaptureError(CHANGED)
         assert self.form  # read, so that the compiler watches it
+
+    def numbers(self) -> list[Tensor]:
+        """The tensors that `before_step` writes to."""
+        return []
 
     def change_form(self) -> None:
         """Have the graph made anew."""
@@ -103,17 +113,26 @@ def make_update(optimizer: Optimizer) -> Update:
             raise CaptureError("the optimizer has differentiable=True")
         if any(parameter.is_complex() or parameter.is_sparse for parameter in group["params"]):
             raise CaptureError("the optimizer has complex or sparse parameters")
-    hooks = [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
-    if not all(looks_at_fused(hook) for hook in hooks):
+        if any(each._backward_hooks or each._post_accumulate_grad_hooks for each in group["params"]):
+            raise CaptureError("a parameter has hooks on its gradient")
+    if not all(looks_at_fused(hook) for hooks in _hooks_of(optimizer) for hook in hooks.values()):
         raise CaptureError("the optimizer has hooks on its step")
+    own = vars(optimizer).get("step")  # a scheduler wraps it, to see whether it is called
+    if own is not None and not (hasattr(own, "_wrapped_by_lr_sched") and own.__wrapped__ is step):
+        raise CaptureError("the optimizer's step was replaced")
     # AdamW is a subclass of Adam that says decoupled_weight_decay=True
-    if step in (Adam.step, AdamW.step):
+    if step in (Adam.step, AdamW.step) and type(optimizer)._init_group is Adam._init_group:  # type: ignore[attr-defined]
         return AdamUpdate(optimizer)
-    if step is SGD.step:
+    if step is SGD.step and type(optimizer)._init_group is SGD._init_group:  # type: ignore[attr-defined]
         return SGDUpdate(optimizer)
     if step.__module__.startswith("torch.optim.") and hasattr(optimizer, "_init_group"):
         return TracedUpdate(optimizer)
     raise CaptureError(f"{type(optimizer).__name__} is no optimizer of torch's")
+
+
+def _hooks_of(optimizer: Optimizer) -> list[dict[int, Any]]:
+    own = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+    return [*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks]
 
 
 class FactorUpdate(Update):
@@ -174,6 +193,10 @@ class FactorUpdate(Update):
         if self.parameters[0].device.type != "cpu":  # there the host just writes to it
             self.factors = self.factors.to(self.parameters[0].device, self._dtype)
 
+    def numbers(self) -> list[Tensor]:
+        """See `Update.numbers`."""
+        return [self.factors]
+
     def _numbers(self) -> list[list[float]]:
         return [self._row(self.groups[index], self.counts[index] + 1) for index in self._first]
 
@@ -203,7 +226,7 @@ class FactorUpdate(Update):
                 continue
             parameter, state, step = self.parameters[index], self.states[index], self.steps[index]
             if state is None:
-                raise CaptureError("a parameter gets its first gradient")
+                raise CaptureError(NEW_STATE)
             row = self.factors[self.rows[index]].unbind()
             new, new_state = self._updated(parameter, gradient, state, row, self.flags[index])
             write_back(parameter, new, keep)
