@@ -42,7 +42,7 @@ bench: $(STAMP) ## compare with the hand-written loop and with other trainers (a
 	$(BIN)/python benchmarks/overhead.py --plot docs/images/overhead.png $(ARGS)
 	$(BIN)/python benchmarks/checkpoint.py
 
-bench-quick: $(STAMP) ## compare with the hand-written loop only, in half a minute
+bench-quick: $(STAMP) ## compare with the hand-written loop only, in a minute
 	$(BIN)/python benchmarks/overhead.py --quick $(ARGS)
 
 clean: ## remove caches and build output

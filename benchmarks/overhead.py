@@ -27,6 +27,7 @@ from peers import peers
 from report import Results, as_data, count_table, machine, plot, ratio_table, speed_table, standing_table, versions
 from workloads import WORKLOADS
 
+QUICK_WORKLOADS = ["tiny", "mlp", "gpt"]
 QUICK_REPEATS = 3
 QUICK_SHORTEN = 2
 
@@ -36,15 +37,21 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--repeats", type=int, help=f"rounds that count, after one to warm up (7; {QUICK_REPEATS} if quick)"
     )
-    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
+    parser.add_argument(
+        "--workloads", nargs="+", choices=list(WORKLOADS), help=f"all; {', '.join(QUICK_WORKLOADS)} if quick"
+    )
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="contestants whose names contain one of these")
-    parser.add_argument("--quick", action="store_true", help="no peers, no compilers, no counts, shorter turns")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer workloads, shorter turns; no peers, compilers, counts"
+    )
     parser.add_argument("--shorten", type=int, help=f"divide the steps of a turn by this (1; {QUICK_SHORTEN} if quick)")
     parser.add_argument("--json", type=Path, help="where to write all figures")
     parser.add_argument("--plot", type=Path, help="where to draw the ratios, as PNG; needs matplotlib")
     arguments = parser.parse_args(given)
     if arguments.repeats is None:
         arguments.repeats = QUICK_REPEATS if arguments.quick else 7
+    if arguments.workloads is None:
+        arguments.workloads = QUICK_WORKLOADS if arguments.quick else list(WORKLOADS)
     if arguments.shorten is None:
         arguments.shorten = QUICK_SHORTEN if arguments.quick else 1
     if arguments.repeats < 1 or arguments.shorten < 1:

@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from contestants import BY_HAND, DEFAULT
 from measure import Result
 
@@ -118,7 +117,6 @@ def as_data(
         "command": command,
         "versions": versions(),
         "machine": machine(),
-        "torch_config": {"threads": torch.get_num_threads()},
         "groups": groups,
         "counts": {name: {"calls_per_step": calls, "frames": deep} for name, (calls, deep) in counts.items()},
         "workloads": {

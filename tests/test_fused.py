@@ -451,6 +451,87 @@ def test_the_look_ends_when_every_gradient_was_seen() -> None:
     assert not looks_at_fused(print)
 
 
+def turned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in the opposite order of memory."""
+    order = tuple(reversed(range(tensor.dim())))
+    return tensor.permute(order).contiguous().permute(order)
+
+
+def four_steps(optimizer: Optimizer, change: Any) -> list[torch.Tensor]:
+    """The weights after four steps; ``change`` may do something to a parameter before the last two."""
+    source = torch.Generator().manual_seed(1)
+    own = optimizer.param_groups[0]["params"]
+    for number in range(4):
+        for each in own:
+            gradient = torch.randn(each.shape, generator=source)
+            each.grad = torch.empty_strided(each.shape, each.stride()).copy_(gradient)
+            if number > 1:
+                change(each)
+        optimizer.step()
+    return [each.detach() for each in own]
+
+
+def turn_gradient(parameter: nn.Parameter) -> None:
+    parameter.grad = turned(parameter.grad)  # type: ignore[arg-type]
+
+
+def turn_parameter(parameter: nn.Parameter) -> None:
+    parameter.data, parameter.grad = turned(parameter.data), turned(parameter.grad)  # type: ignore[arg-type]
+
+
+def nothing(parameter: nn.Parameter) -> None:
+    """Leave the parameter as it is."""
+
+
+def chosen_again(optimizer: Optimizer) -> Any:
+    choose(optimizer)
+    return choose(optimizer, hand_made=True), turn_gradient
+
+
+def with_a_hook_before_steps(optimizer: Optimizer) -> Any:
+    def turn(*_: Any) -> None:
+        if optimizer.state:  # in the first step all gradients are looked at
+            for each in optimizer.param_groups[0]["params"]:
+                turn_gradient(each)
+
+    optimizer.register_step_pre_hook(turn)
+    return choose(optimizer), nothing
+
+
+def with_a_hook_of_a_parameter(optimizer: Optimizer) -> Any:
+    optimizer.param_groups[0]["params"][0].register_post_accumulate_grad_hook(turn_gradient)
+    return choose(optimizer), turn_gradient
+
+
+def with_parameters_in_another_layout(optimizer: Optimizer) -> Any:
+    return choose(optimizer), turn_parameter
+
+
+@pytest.mark.parametrize(
+    "case",
+    [chosen_again, with_a_hook_before_steps, with_a_hook_of_a_parameter, with_parameters_in_another_layout],
+    ids=lambda case: case.__name__,
+)
+def test_layouts_that_change_in_the_course_of_a_run(case: Any) -> None:
+    """A kernel on the CPU would take the elements in another order, and say nothing."""
+    plain, fused = AdamW(parameters()), AdamW(parameters())
+    choice, change = case(fused)
+    for one, other in zip(four_steps(fused, change), four_steps(plain, nothing), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert choice.fused
+
+
+def test_an_optimizer_of_an_earlier_run_is_chosen_for_anew() -> None:
+    optimizer = AdamW(parameters())
+    first = choose(optimizer)
+    three_steps(optimizer, 1)
+    assert choose(optimizer).line() == first.line()
+    assert len(optimizer._optimizer_step_pre_hooks) == len(optimizer._optimizer_load_state_dict_post_hooks) == 1
+    assert choose_kernels([optimizer], nn.Module(), wanted=False, scales_loss=False, hand_made=False) == []
+    assert [group["fused"] for group in [optimizer.defaults, *optimizer.param_groups]] == [None, None]
+    assert not optimizer._optimizer_step_pre_hooks
+
+
 # fp16 and its loss scaler
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 FUSED_KINDS: tuple[type[Optimizer], ...] = (AdamW, Adam, SGD, Adagrad)
 """The optimizers that torch has fused kernels for; a subclass comes before its base."""
@@ -50,18 +51,20 @@ def choose_kernels(
     """Set ``fused=True`` on the optimizers that can have it and whose user left it open.
 
     Args:
-        optimizers: of one run, before its first step; one may have stepped in an earlier run.
+        optimizers: of one run, before its first step. One that an earlier run has fused is put back first.
         module: whose modules say where gradients will be sparse.
         wanted: the Trainer's ``fused_optimizer``; False leaves every optimizer as it is.
         scales_loss: whether a loss scaler decides if a step is made.
-        hand_made: whether something other than autograd may put gradients into place. Then they are looked at before
-            every step (about 0.5 µs for each parameter), and else only where they are new.
+        hand_made: whether something other than autograd may put gradients into place, besides torch's own hooks, which are
+            looked for here. Then they are looked at before every step (about 0.5 µs for each parameter), and else only where
+            they are new.
 
     Returns:
         What was decided, by optimizer; empty if not ``wanted``.
     """
-    if scales_loss:
-        for optimizer in optimizers:
+    for optimizer in optimizers:
+        _forget_earlier_run(optimizer)
+        if scales_loss:
             _leave_skipping_to_the_scaler(optimizer)
     if not wanted:
         return []
@@ -71,9 +74,22 @@ def choose_kernels(
         choice = KernelChoice(type(optimizer).__name__, reason is None, reason or _WHY)
         if choice.fused:
             fuse(optimizer)
-            _Watch(optimizer, choice, hand_made)
+            _Watch(optimizer, choice, hand_made or _has_hooks(optimizer))
         choices.append(choice)
     return choices
+
+
+def _forget_earlier_run(optimizer: Optimizer) -> None:
+    for hook in [*optimizer._optimizer_step_pre_hooks.values()]:
+        if looks_at_fused(hook):
+            hook.__self__.end(optimizer)  # type: ignore[attr-defined]
+
+
+def _has_hooks(optimizer: Optimizer) -> bool:
+    """Whether somebody has given torch a function that may replace gradients when autograd has made them."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    before_steps = optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks
+    return bool(before_steps) or any(parameter._post_accumulate_grad_hooks for parameter in parameters)
 
 
 def why_not(optimizer: Optimizer, module: nn.Module) -> str | None:
@@ -199,7 +215,7 @@ class _Watch:
     - A sparse gradient, or a new parameter that the kernels do not take: the optimizer steps unfused from then on.
     - A gradient or state with other strides than its parameter gets those. autograd makes gradients with a parameter's
       strides, but for dimensions of one element, which only the CPU's kernels do not look at; what was read from a file
-      or assigned by hand has any.
+      or assigned by hand has any. If a parameter gets other strides itself, all is looked at again.
     - SGD with momentum: a parameter whose first gradient comes later than others' has no buffer yet, which torch's fused
       step does not expect. Zeros are the same, unless ``dampening`` is to be left out in its first step.
 
@@ -214,8 +230,19 @@ class _Watch:
         self._always = always
         self._groups = 0  # looked at so far
         self._watched: list[tuple[int, Tensor, bool]] = []  # group's number, parameter, whether it had no gradient yet
-        optimizer.register_step_pre_hook(self.before_step)
-        optimizer.register_load_state_dict_post_hook(self.after_load)
+        self._matrices: list[Tensor] = []  # the parameters that may be laid out in several ways
+        self._strides: list[Any] = []
+        self._hooks = (
+            optimizer.register_step_pre_hook(self.before_step),
+            optimizer.register_load_state_dict_post_hook(self.after_load),
+        )
+
+    def end(self, optimizer: Optimizer) -> None:
+        """Leave the optimizer as it was before it was fused."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._choice.fused:
+            _unfuse(optimizer)
 
     def after_load(self, optimizer: Optimizer) -> None:
         """Look at everything again; a state that the user's own code has loaded does not choose the kernels either."""
@@ -225,7 +252,9 @@ class _Watch:
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Look at what is new since the last step, and at what may change."""
-        if self._choice.fused and len(optimizer.param_groups) != self._groups:
+        if self._choice.fused and (
+            len(optimizer.param_groups) != self._groups or [*map(Tensor.stride, self._matrices)] != self._strides
+        ):
             self._begin(optimizer)
         if self._watched:
             self._look(optimizer)
@@ -234,6 +263,8 @@ class _Watch:
         groups = [(at, group) for at, group in enumerate(optimizer.param_groups) if group["fused"]]
         self._groups = len(optimizer.param_groups)
         self._watched = [(at, parameter, True) for at, group in groups for parameter in group["params"]]
+        self._matrices = [parameter for _, parameter, _ in self._watched if parameter.dim() > 1]
+        self._strides = [parameter.stride() for parameter in self._matrices]
         reason = _unfit(_kind(optimizer) or type(optimizer), (parameter for _, parameter, _ in self._watched))
         if reason is not None:
             self._give_up(optimizer, f"unfused in the course of the run: {reason}")

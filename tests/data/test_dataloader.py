@@ -236,6 +236,64 @@ print("end")
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_process_of_the_program_ends_though_its_loader_still_has_workers(method: str, tmp_path: Path) -> None:
+    """Such a process ends without atexit."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import multiprocessing
+import torch
+from torch.utils.data import TensorDataset
+from leyden.data import DataLoader
+loader = DataLoader(TensorDataset(torch.arange(8)), num_workers=1)
+def read():
+    print(len(list(loader)), flush=True)
+if __name__ == "__main__":
+    process = multiprocessing.get_context({method!r}).Process(target=read)
+    process.start()
+    process.join()
+    print(process.exitcode)
+""")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "8\n0\n", "")
+
+
+def test_a_fork_that_ends_leaves_the_workers_alone() -> None:
+    code = """
+import atexit, os, torch
+from leyden.data import DataLoader
+loader = DataLoader(torch.arange(99), num_workers=1)
+batches = iter(loader)
+next(batches)
+child = os.fork()
+if child == 0:
+    atexit._run_exitfuncs()
+    os._exit(0)
+os.waitpid(child, 0)
+print(len(list(batches)), len(list(loader)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "98 99\n"), done.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_two_passes_at_a_time(workers: int) -> None:
+    loader = DataLoader(DATA, 4, num_workers=workers, persistent_workers=False)
+    assert [len(list(loader)) for _ in loader] == [3, 3, 3]
+    assert len(list(zip(loader, loader, strict=True))) == 3
+
+
+def test_two_passes_at_a_time_over_workers_that_live_on_are_refused() -> None:
+    """torch ends the outer one without a word."""
+    loader = DataLoader(DATA, 4, num_workers=1)
+    outer = iter(loader)
+    next(outer)
+    assert len(list(loader)) == 3
+    with pytest.raises(DataError, match=r"another has begun.*persistent_workers=False"):
+        next(outer)
+    assert len(list(loader)) == 3
+
+
 def test_workers_that_are_not_to_live_on_see_what_the_program_has_changed() -> None:
     class Marked(Noisy):
         mark = 1
@@ -315,6 +373,17 @@ def test_a_subclass_that_iterates_in_its_own_way_is_read_so() -> None:
     own = Own(DATA, 2)
     assert not is_plain(own)
     assert [batch for batch, _ in make_reader(own, "loader").read()] == [7] * 6
+
+
+def test_a_loader_of_the_user_that_wraps_torch_s_is_read_by_itself() -> None:
+    class Doubled:
+        def __init__(self) -> None:
+            self.torch_loader = TorchDataLoader(torch.arange(4), 2)  # type: ignore[arg-type]
+
+        def __iter__(self) -> Iterator[Any]:
+            return (2 * batch for batch in self.torch_loader)
+
+    assert [plain(batch) for batch, _ in make_reader(Doubled(), "loader").read()] == [[0, 2], [4, 6]]
 
 
 def test_it_is_read_without_shuffling_to_overfit() -> None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, default_collate, random_split
-from torch.utils.data._utils.collate import default_collate_fn_map
+from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
 
 from leyden.data.gather import gathering
 from leyden.data.loader import make_source
@@ -183,6 +183,10 @@ def test_other_ways_to_collate_are_left_alone(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(default_collate_fn_map, Tensor, lambda batch, **_: sum(batch))
     assert gathering(pair(), default_collate, refused) is refused
     assert by_leyden(DataLoader(pair(), 4)) == by_torch(DataLoader(pair(), 4))
+    monkeypatch.setitem(default_collate_fn_map, Tensor, collate_tensor_fn)
+    assert gathering(pair(), default_collate, refused) is not refused
+    monkeypatch.setitem(default_collate_fn_map, tuple, lambda batch, **_: batch)
+    assert gathering(pair(), default_collate, refused) is refused
 
 
 @settings(max_examples=200, deadline=None)
@@ -255,6 +259,15 @@ def test_tensors_may_be_replaced_between_batches_and_between_passes() -> None:
     assert [[tensor.view(-1).tolist() for tensor in batch] for batch in seen] == [
         [[0.0, 0.0]], *[[[1.0, 1.0]]] * 2, *[[[2.0, 2.0], [3.0, 3.0]]] * 3,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "mask", [[True, False, True, True], [torch.tensor(1), torch.tensor(True)]], ids=["bool", "tensor"]
+)
+def test_a_mask_in_the_place_of_indices_is_read_as_by_torch(mask: Any) -> None:
+    """To Python True is 1, so that it would be trained on two samples only, and nobody told."""
+    loader = DataLoader(Subset(pair(), mask), 2)
+    assert outcome(by_leyden, loader) == outcome(by_torch, loader)
 
 
 def test_the_indices_of_a_subset_may_be_changed_between_batches() -> None:

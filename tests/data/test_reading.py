@@ -361,6 +361,16 @@ def test_which_loader_is_read_how() -> None:
     assert not is_plain(load(Stream()))
 
 
+def test_a_stream_s_workers_that_the_user_has_started_stay_the_user_s() -> None:
+    loader = load(Stream(), num_workers=1, persistent_workers=True)
+    before = len(list(loader))
+    reader = make_reader(loader, "x")
+    assert len(list(reader.read())) == before
+    reader.shut_down()
+    assert len(list(loader)) == before
+    del loader  # its workers end with it
+
+
 def test_data_that_cannot_draw_is_loaded_without_exchanging_random_states() -> None:
     from torch.utils.data import default_collate
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from leyden.errors import warn
 
-MANY_GRAPHS = 8
-"""Graphs of one run from which on a warning asks why there are so many."""
+MANY_TIMES = 4
+"""How often graphs of a run are made anew until a warning asks why."""
 
 
 class Compiler:
@@ -42,7 +43,7 @@ class Compiler:
         self._on_cuda = device.type == "cuda"
         if self._on_cuda:
             self._options["triton.cudagraphs"] = True
-        self._warned = False
+        self._again = 0
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Compile a function into one graph; what cannot be one raises one of ``errors`` when it is called."""
@@ -77,13 +78,13 @@ class Compiler:
 
     def look_at_recompilation(self) -> None:
         """Warn, once, if graphs are made again and again."""
-        if self.graphs < MANY_GRAPHS or self._warned:
+        self._again += 1
+        if self._again != MANY_TIMES:
             return
-        self._warned = True
         warn(
             "recompilations",
-            f"compile: {self.graphs} graphs were compiled so far, the last one because {_last_reason()}. A Python number that "
-            "changes from step to step makes a graph for each value: make it a tensor, or leave it out of the step.",
+            f"compile: {self._again} times a graph had to be made anew, this time because {_last_reason()}. A Python number "
+            "that changes from step to step makes a graph for each value: make it a tensor, or leave it out of the step.",
         )
 
     @staticmethod
@@ -106,8 +107,11 @@ def keep_guards(guards: Sequence[Any]) -> list[bool]:
 def _is_needed(guard: Any) -> bool:
     name: str = guard.name
     if guard.is_global:
-        module = str(getattr(guard.value, "__module__", "")) if guard.has_value else ""
-        return guard.guard_type not in _OF_NAMES and module.partition(".")[0] not in ("torch", "leyden")
+        value = guard.value if guard.has_value else None
+        # a tensor, or a module in a global variable, is of torch too, and may be another one tomorrow
+        fixed = isinstance(value, (type, FunctionType, BuiltinFunctionType))
+        home = str(getattr(value, "__module__", "")).partition(".")[0]
+        return guard.guard_type not in _OF_NAMES and not (fixed and home in ("torch", "leyden"))
     return not name.startswith("self") or guard.guard_type == "DUPLICATE_INPUT" or name.startswith(_WATCHED)
 
 
@@ -151,6 +155,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def reason_of(error: BaseException) -> str:
     """What a compilation says about why it failed, in words that end a sentence: the cause and the line of the user."""
     text = str(error)
+    if type(error).__name__ == "FailOnRecompileLimitHit":
+        return f"it would be compiled again and again, this time because {_last_reason()}"
     if found := re.search(r"CaptureError\(['\"](.+?)['\"]\)", text):
         return found[1]
     lines = [line.strip().rstrip(".") for line in text.splitlines() if line.strip()]

@@ -43,6 +43,7 @@ class Snapshot:
         run: whose module and optimizer.
         others: further tensors, such as the scaler's.
         batch: which the step may change in place.
+        scratch: tensors that are put back, but not compared.
         copied: False only notes what there is, to compare it: it cannot be put back.
 
     Attributes:
@@ -53,7 +54,14 @@ class Snapshot:
         random: the state of all random generators on the host.
     """
 
-    def __init__(self, run: Run, others: Iterable[Tensor] = (), batch: Any = None, copied: bool = True) -> None:
+    def __init__(
+        self,
+        run: Run,
+        others: Iterable[Tensor] = (),
+        batch: Any = None,
+        scratch: Iterable[Tensor] = (),
+        copied: bool = True,
+    ) -> None:
         assert run.optimizer is not None
         self._device = run.device
         self.parameters = [each for group in run.optimizer.param_groups for each in group["params"]]
@@ -68,7 +76,7 @@ class Snapshot:
         trained = {id(each): each for each in (*self.parameters, *run.module.parameters())}
         self._gradients = [(each, each.grad) for each in trained.values()]
         gradients = [gradient for _, gradient in self._gradients if gradient is not None]
-        every = [*trained.values(), *self.state, *self.buffers, *self._walk.tensors, *gradients]
+        every = [*trained.values(), *self.state, *self.buffers, *self._walk.tensors, *gradients, *scratch]
         self._tensors = {id(each): each for each in every if _can_be_written(each)}
         self._copies = {key: each.detach().to("cpu", copy=True) for key, each in self._tensors.items() if copied}
         self.random = capture_random_state(run.device)

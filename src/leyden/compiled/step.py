@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,15 @@ _RAISED = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError
 
 Shape = Any
 """The sizes of all tensors of a batch, in its structure."""
+
+
+class Case(NamedTuple):
+    """What has a graph of its own: batches of a shape, at a place in windows of a length."""
+
+    shape: Shape
+    window: int
+    first: bool
+    last: bool
 
 
 class CompiledStep:
@@ -58,8 +67,8 @@ class CompiledStep:
         self._update: Update | None = None
         self._body: StepBody | None = None
         self._static: list[Shape] = []
-        self._graphs: dict[Shape, Callable[..., Result]] = {}
-        self._checked: set[tuple[Shape, bool, bool]] = set()
+        self._graphs: dict[Case, Callable[..., Result]] = {}
+        self._checked: set[Case] = set()
         self._takes_window = False
         self.output: Any = None
         self.largest_difference: float | None = None
@@ -85,35 +94,38 @@ class CompiledStep:
                 self._begin()
             except CaptureError as error:
                 return self._give_up(str(error))
-        first, last = run.progress.micro_batch == 0, run.progress.micro_batch + 1 == run.window
-        shape = self._shape_of_graph(batch)
-        if (shape, first, last) not in self._checked:
-            return self._first_use(shape, first, last, batch, batch_idx)
+        window, at = run.window, run.progress.micro_batch
+        case = Case(self._shape_of_graph(batch), window, at == 0, at + 1 == window)
+        if case not in self._checked:
+            return self._first_use(case, batch, batch_idx)
         graphs = self._compiler.graphs
         try:
-            result = self._call(shape, first, last, batch, batch_idx)
+            result = self._call(case, batch, batch_idx)
         except self._compiler.errors as error:  # it was to be compiled anew; nothing of the step is done
             return self._not_captured(reason_of(error))
         if self._compiler.graphs != graphs:
             self._compiler.look_at_recompilation()
-        return self._settle(result, first, last)
+            self._checked.remove(case)  # the next one is checked again
+        return self._settle(result, case)
 
     # A step by a graph
 
-    def _call(self, shape: Shape, first: bool, last: bool, batch: Any, batch_idx: int) -> Result:
-        run, attributes = self._run, self._run.module.__dict__
+    def _call(self, case: Case, batch: Any, batch_idx: int) -> Result:
+        attributes = self._run.module.__dict__
         assert self._update is not None
-        if last:
+        if case not in self._graphs:
+            self._graphs[case] = self._new_graph()
+        if case.last:
             self._update.before_step()
         metrics, self._recorder.calls = attributes["_metrics"], []
         attributes["_metrics"] = None if metrics is None else self._recorder
         self._compiler.begin_step()
         try:
-            return self._graphs[shape](batch, batch_idx, run.window, first, last)
+            return self._graphs[case](batch, batch_idx, case.window, case.first, case.last)
         finally:
             attributes["_metrics"] = metrics
 
-    def _settle(self, result: Result, first: bool, last: bool) -> bool:
+    def _settle(self, result: Result, case: Case) -> bool:
         """Log and count what was done, as `loop.forward_backward` and `loop.optimizer_step` do."""
         run, progress = self._run, self._run.progress
         for call in self._recorder.calls:
@@ -122,7 +134,7 @@ class CompiledStep:
         if result.loss is None:
             progress.skipped_batches += 1
             return True
-        if not last:
+        if not case.last:
             progress.micro_batch += 1
             if self._body is not None:
                 self._body.show_gradients()
@@ -139,14 +151,11 @@ class CompiledStep:
 
     def _shape_of_graph(self, batch: Any) -> Shape:
         shape = shape_of(batch)
-        if shape not in self._graphs:
-            if shape not in self._static and len(self._static) == MAX_STATIC_SHAPES:
+        if shape not in self._static:
+            if len(self._static) == MAX_STATIC_SHAPES:
                 self._compiler.mark_dynamic(batch)
-                shape = ANY
-            elif shape not in self._static:
-                self._static.append(shape)
-            if shape not in self._graphs:
-                self._graphs[shape] = self._new_graph()
+                return ANY
+            self._static.append(shape)
         return shape
 
     def _new_graph(self) -> Callable[..., Result]:
@@ -179,14 +188,16 @@ class CompiledStep:
         self._compiler.keep_in_place([*run.module.parameters(), *run.module.buffers(), *state_of(run.optimizer)])
         self._compiler.keep_in_place([*self._update.numbers(), *self._body.tensors()])
 
-    def _first_use(self, shape: Shape, first: bool, last: bool, batch: Any, batch_idx: int) -> bool:
+    def _first_use(self, case: Case, batch: Any, batch_idx: int) -> bool:
         """Make the step by the graph and in eager, compare, and keep the graph's."""
         assert self._body is not None
-        others, has_gradient = self._body.tensors(), list(self._body.has_gradient)
-        before = Snapshot(self._run, others, batch)
+        scratch, has_gradient = self._body.tensors(), list(self._body.has_gradient)
+        # eager clips the gradients where they are, and nobody reads them again
+        others = scratch[len(self._body.gradients) :] if case.last else scratch
+        before = Snapshot(self._run, others, batch, scratch)
         start = time.perf_counter()
         try:
-            result = self._call(shape, first, last, batch, batch_idx)
+            result = self._call(case, batch, batch_idx)
         except self._compiler.errors as error:
             before.put_back()
             return self._not_captured(reason_of(error))
@@ -195,9 +206,9 @@ class CompiledStep:
             return self._give_up(f"the graph raised {type(error).__name__}: {reason_of(error)}")
         finally:
             self._compiler.note_seconds(time.perf_counter() - start)
-        got, calls = Snapshot(self._run, others, batch), self._recorder.calls
+        got, calls = Snapshot(self._run, others, batch, scratch), self._recorder.calls
         before.put_back()
-        wanted = self._eager(first, last, batch, batch_idx)
+        wanted = self._eager(case, batch, batch_idx)
         allowed, now = tolerance(self._run), Snapshot(self._run, others, batch, copied=False)
         found = differences(before, got, now, self._run, allowed)
         found.update(_of_values(result, wanted, calls, self._recorder.calls))
@@ -212,10 +223,10 @@ class CompiledStep:
             )
         got.put_back()
         self._recorder.calls = calls
-        self._checked.add((shape, first, last))
-        return self._settle(result, first, last)
+        self._checked.add(case)
+        return self._settle(result, case)
 
-    def _eager(self, first: bool, last: bool, batch: Any, batch_idx: int) -> Result:
+    def _eager(self, case: Case, batch: Any, batch_idx: int) -> Result:
         """The same step without a graph, by torch's own optimizer, clipping and loss scaler."""
         run, attributes = self._run, self._run.module.__dict__
         assert run.optimizer is not None
@@ -229,15 +240,15 @@ class CompiledStep:
         loss = loss_of(output)
         if loss is None:
             return Result(None, None, None, [])
-        if first:
+        if case.first:
             run.optimizer.zero_grad()
         if run.window > 1:
             loss = loss / run.window
         torch.autograd.backward(loss if run.scaler is None else run.scaler.scale(loss))
-        if not last and self._body is not None:
+        if not case.last and self._body is not None:
             self._body.take_gradients()
         overflowed = None
-        if last:
+        if case.last:
             if run.scaler is not None:
                 run.scaler.unscale(run.optimizer)
             if run.clip is not None:

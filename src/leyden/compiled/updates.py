@@ -121,16 +121,22 @@ def make_update(optimizer: Optimizer) -> Update:
     if own is not None and not (hasattr(own, "_wrapped_by_lr_sched") and own.__wrapped__ is step):
         raise CaptureError("the optimizer's step was replaced")
     # AdamW is a subclass of Adam that says decoupled_weight_decay=True
-    if step in (Adam.step, AdamW.step) and type(optimizer)._init_group is Adam._init_group:  # type: ignore[attr-defined]
+    if _steps_as(optimizer, Adam, AdamW):
         return AdamUpdate(optimizer)
-    if step is SGD.step and type(optimizer)._init_group is SGD._init_group:  # type: ignore[attr-defined]
+    if _steps_as(optimizer, SGD):
         return SGDUpdate(optimizer)
     if step.__module__.startswith("torch.optim.") and hasattr(optimizer, "_init_group"):
         return TracedUpdate(optimizer)
     raise CaptureError(f"{type(optimizer).__name__} is no optimizer of torch's")
 
 
-def _hooks_of(optimizer: Optimizer) -> list[dict[int, Any]]:
+def _steps_as(optimizer: Optimizer, *kinds: Any) -> bool:
+    """Whether it steps as one of these classes does, its own or one that its class has not changed."""
+    mine: Any = type(optimizer)
+    return any(mine.step is kind.step and mine._init_group is kind._init_group for kind in kinds)
+
+
+def _hooks_of(optimizer: Optimizer) -> list[Any]:
     own = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
     return [*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks]
 
@@ -343,7 +349,10 @@ class TracedUpdate(Update):
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.stand_in = StandIn(optimizer)
-        super().__init__(optimizer, [each for lists in self.stand_in.lists for each in lists[0]])
+        known = [each for lists in self.stand_in.lists for each in lists[0]]
+        ids = {id(each) for each in known}
+        new = [each for each in parameters_of(optimizer) if each.requires_grad and id(each) not in ids]
+        super().__init__(optimizer, [*known, *new])
 
     def before_step(self) -> None:
         """See `Update.before_step`."""
@@ -365,6 +374,8 @@ class TracedUpdate(Update):
             if any(gradient is None for gradient in own):
                 raise CaptureError("the loss does not depend on all parameters of the optimizer")
             self.stand_in.gradients[index] = own
+        if any(gradient is not None for gradient in gradients[done:]):
+            raise CaptureError(NEW_STATE)
         self.stand_in.step()
         for index in range(len(self.stand_in.gradients)):
             self.stand_in.gradients[index] = []
@@ -407,12 +418,10 @@ class StandIn:
     @staticmethod
     def _ask(optimizer: Optimizer, group: dict[str, Any], lists: list[list[Any]]) -> Any:
         """Let the optimizer name its state: that is what `_init_group` does for parameters that have a gradient."""
-        if not any(optimizer.state.get(parameter) for parameter in group["params"]):
-            raise CaptureError("the optimizer has no state yet")
         kept = [(parameter, parameter.grad) for parameter in group["params"]]
         for parameter, _ in kept:
-            if optimizer.state.get(parameter):  # for others it would make some
-                parameter.grad = torch.empty_like(parameter)
+            wanted = parameter.requires_grad and optimizer.state.get(parameter)  # for others it would make some
+            parameter.grad = torch.empty_like(parameter) if wanted else None
         try:
             answer = optimizer._init_group(group, *lists)  # type: ignore[attr-defined]
         finally:

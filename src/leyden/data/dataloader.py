@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import Dataset, Sampler
 
 from leyden.data.indexed import ARGUMENTS, order_of, rebuilt
-from leyden.data.reader import Position, Reader, Ticket
+from leyden.data.reader import Position, Reader, Ticket, as_torch
 from leyden.data.reading import make_reader
 from leyden.errors import DataError
 
@@ -63,6 +63,7 @@ class DataLoader(TorchDataLoader[Sample]):
     _resumed: Position | None  # where the next pass is to go on
     _begun: Position | None  # where the present one did
     _ticket: Ticket | None  # of the batch that was given last
+    _pass: object  # another one for each; of workers that live on, only the present pass can be read
 
     def __init__(
         self,
@@ -95,8 +96,8 @@ class DataLoader(TorchDataLoader[Sample]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Begin a pass; after `load_state_dict` go on with the one of then, which may have no batch left."""
         reader = self._present_reader()
-        self._begun, self._resumed, self._ticket = self._resumed, None, None
-        return self._given(reader.read(self._begun))
+        self._begun, self._resumed, self._ticket, self._pass = self._resumed, None, None, object()
+        return self._given(reader.read(self._begun), self._pass)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the present pass stands after the batch that was given last, as plain data and tensors."""
@@ -118,18 +119,20 @@ class DataLoader(TorchDataLoader[Sample]):
         self._present_reader().take_rest(state_dict["rest"] or {})
         self._resumed, self._begun, self._ticket = state_dict["position"], None, None
 
-    @property
-    def torch_loader(self) -> TorchDataLoader[Sample] | None:
-        """torch's loader with the same dataset and samplers; None where a subclass iterates in its own way."""
-        if any(getattr(type(self), name) is not getattr(DataLoader, name) for name in ("__iter__", "_get_iterator")):
-            return None
-        return self._as_torch()
-
-    def _given(self, reading: Iterator[tuple[Any, Ticket]]) -> Iterator[Any]:
-        for batch, ticket in reading:
+    def _given(self, reading: Iterator[tuple[Any, Ticket]], present: object) -> Iterator[Any]:
+        while True:
+            if self.persistent_workers and self._pass is not present:
+                raise DataError(
+                    "This pass over the DataLoader has ended, for another has begun, and both have the same workers. To read it "
+                    "twice at a time, say persistent_workers=False or make two of it."
+                )
+            batch, ticket = next(reading, (None, None))
+            if ticket is None:
+                break
             self._ticket = ticket
             yield batch
-        self._begun = self._ticket = None
+        if self._pass is present:
+            self._begun = self._ticket = None
 
     def _present_reader(self) -> Reader:
         loader = self._as_torch()
@@ -148,7 +151,7 @@ class DataLoader(TorchDataLoader[Sample]):
 
     def _forget(self) -> None:
         self._torch, self._made_of, self._reader = None, (), None
-        self._resumed = self._begun = self._ticket = None
+        self._resumed = self._begun = self._ticket = self._pass = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy and another process get: not the pass in progress, nor its workers."""
@@ -159,7 +162,14 @@ class DataLoader(TorchDataLoader[Sample]):
         self._forget()
 
 
-_OF_A_PASS = frozenset(("_torch", "_made_of", "_reader", "_resumed", "_begun", "_ticket"))
+_OF_A_PASS = frozenset(("_torch", "_made_of", "_reader", "_resumed", "_begun", "_ticket", "_pass"))
+
+
+@as_torch.register(DataLoader)
+def _(loader: DataLoader[Any]) -> TorchDataLoader[Any]:
+    """torch's loader with the same dataset and samplers; itself where a subclass iterates in its own way."""
+    own = any(getattr(type(loader), name) is not getattr(DataLoader, name) for name in ("__iter__", "_get_iterator"))
+    return loader if own else loader._as_torch()
 
 
 def _pinning_helps() -> bool:

@@ -11,7 +11,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -55,8 +55,9 @@ def gathering(dataset: Any, collate: Any, otherwise: Gather) -> Gather:
         collate: the loader's ``collate_fn``.
         otherwise: loads a batch sample by sample; also asked for the batches that cannot be gathered, which it may refuse.
     """
-    # users may give torch's collate function another way to put tensors together
-    if collate is not default_collate or default_collate_fn_map.get(Tensor) is not collate_tensor_fn:
+    # users may give torch's collate function another way to put tensors or samples together
+    own = default_collate_fn_map.get(Tensor) is not collate_tensor_fn or tuple in default_collate_fn_map
+    if collate is not default_collate or own:
         return otherwise
     table = _table(dataset)
     if table is None:
@@ -125,7 +126,17 @@ def _of_subset(subset: Subset[Any]) -> _Table | None:
     if inner is None or not _are_integers(subset.indices):
         return None
     whole = inner.rows
-    return inner._replace(rows=lambda indices: whole(list(map(subset.indices.__getitem__, indices))))
+    masks = (
+        {bool} if type(subset.indices) is Tensor else {bool, Tensor}
+    )  # of integers, which `_are_integers` has seen to
+
+    def rows(indices: list[int]) -> list[Tensor]:
+        taken = list(map(subset.indices.__getitem__, indices))
+        if not masks.isdisjoint(map(type, taken)):
+            raise IndexError("True is a mask to torch, and 1 to Python")
+        return whole(taken)
+
+    return inner._replace(rows=rows)
 
 
 def _are_integers(indices: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import singledispatch
 from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
@@ -71,10 +72,10 @@ class Reader(ABC):
         """End worker processes that outlive a pass."""
 
 
+@singledispatch
 def as_torch(loader: Any) -> Any:
     """torch's own loader in place of a `leyden.data.DataLoader`, which reads through a reader by itself."""
-    found = getattr(loader, "torch_loader", None)
-    return loader if found is None else found
+    return loader
 
 
 def has_state(value: Any) -> bool:

@@ -129,6 +129,7 @@ class OpaqueReader(Reader):
         if self.reads_ahead:
             self.loader = copy.copy(loader)  # the user's own stays as it is
             self.loader.worker_init_fn = WorkerInit(loader.worker_init_fn)
+            self.loader._iterator = None  # and so do workers of it that live on
         self._name = name
 
     def read(self, position: Position | None = None, limit: float = math.inf) -> Iterator[tuple[Any, Ticket]]:

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any
 
@@ -62,23 +63,33 @@ def ignore_preemption_signals() -> None:
 
 
 def end_at_exit(iterator: Any) -> None:
-    """Shut down the workers of torch's ``iterator`` when the program ends, unless that has been done before.
+    """Shut down the workers of torch's ``iterator`` when this process ends, unless that has been done before.
 
     At exit multiprocessing sends each of its processes one SIGTERM, and waits. Those that outlive it would be waited for
     for ever.
     """
     if hasattr(iterator, "_shutdown_workers"):
-        _shut_down_at_exit()
-        _started.add(iterator)
+        _shut_down_at_exit(os.getpid())
+        _started.setdefault(iterator, os.getpid())
 
 
-_started: weakref.WeakSet[Any] = weakref.WeakSet()
+_started: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 @cache
-def _shut_down_at_exit() -> None:
+def _shut_down_at_exit(process: int) -> None:
     # Not on import: what is registered later runs earlier, and torch must not have seen the end of the program yet.
-    atexit.register(lambda: [iterator._shutdown_workers() for iterator in list(_started)])
+    atexit.register(_shut_down, process)
+    # A process that multiprocessing has started ends without atexit. `Finalize` alone comes too late in the first one.
+    Finalize(None, _shut_down, (process,), exitpriority=0)
+
+
+def _shut_down(process: int) -> None:
+    if process != os.getpid():  # a fork, whose parent the workers belong to
+        return
+    for iterator, owner in list(_started.items()):
+        if owner == process:
+            iterator._shutdown_workers()
 
 
 def _numbers() -> list[signal.Signals]:
