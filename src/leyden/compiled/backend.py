@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class Compiler:
         graphs: how many were compiled.
         seconds: that it took.
         errors: what a compilation raises if it cannot be done.
+        failure: why a part was not compiled, in words that end a sentence; None if all were.
+        on_failure: is told that.
     """
 
     def __init__(self, device: torch.device, note: Callable[[float], None] = lambda seconds: None) -> None:
@@ -38,6 +41,8 @@ class Compiler:
         self.errors = (TorchDynamoException, FailOnRecompileLimitHit)
         self.graphs = 0
         self.seconds = 0.0
+        self.failure: str | None = None
+        self.on_failure: Callable[[str], None] = lambda reason: None
         self._note = note
         self._options: dict[str, Any] = {"fallback_random": True}
         self._on_cuda = device.type == "cuda"
@@ -50,8 +55,12 @@ class Compiler:
         return torch.compile(function, fullgraph=True, backend=self.backend, options={"guard_filter_fn": keep_guards})
 
     def compile_in_parts(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Compile a function into as many graphs as it needs."""
-        return torch.compile(function, backend=self.backend)
+        """Compile a function into as many graphs as it needs.
+
+        A part that torch's compiler fails at runs in eager, and ``failure`` says why: an earlier part may have run already, so
+        that nobody could begin anew.
+        """
+        return torch.compile(with_own_code(function), backend=self._backend_or_eager)
 
     def backend(self, graph: Any, inputs: list[Any]) -> Any:
         """Compile what TorchDynamo has captured."""
@@ -59,6 +68,15 @@ class Compiler:
 
         self.graphs += 1
         return compile_fx(graph, inputs, config_patches=self._options)
+
+    def _backend_or_eager(self, graph: Any, inputs: list[Any]) -> Any:
+        try:
+            return self.backend(graph, inputs)
+        except Exception as error:  # noqa: BLE001 whatever it is, eager can do the same
+            if self.failure is None:
+                self.failure = f"torch's compiler failed with {type(error).__name__}: {reason_of(error)}"
+                self.on_failure(self.failure)
+            return graph.forward
 
     def keep_in_place(self, tensors: Iterable[Tensor]) -> None:
         """Let CUDA graphs read and write these tensors where they are, instead of copies of them."""
@@ -93,6 +111,24 @@ class Compiler:
         for tensor in _tensors(batch):
             for dimension in range(tensor.dim()):
                 torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+
+
+def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object and a name of its own.
+
+    torch keeps its graphs by code object, for the whole process, and has a limit for each; and by the name it remembers which
+    sizes and numbers have changed, so that what it makes of a function would depend on earlier runs.
+    """
+    inner = getattr(function, "__func__", function)
+    if not isinstance(inner, FunctionType):
+        return function
+    code = inner.__code__.replace(co_name=f"{inner.__code__.co_name}_{next(_NUMBERS)}")
+    own = FunctionType(code, inner.__globals__, code.co_name, inner.__defaults__, inner.__closure__)
+    own.__kwdefaults__ = inner.__kwdefaults__
+    return MethodType(own, function.__self__) if isinstance(function, MethodType) else own
+
+
+_NUMBERS = itertools.count()
 
 
 def keep_guards(guards: Sequence[Any]) -> list[bool]:

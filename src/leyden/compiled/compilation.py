@@ -139,12 +139,22 @@ class Compilation:
 
     def _compile_children(self) -> None:
         run = self._run
-        self._children = [child for child in run.module.children() if any(True for _ in child.parameters())]
+        children = [child for child in run.module.children() if any(True for _ in child.parameters())]
+        self._children = [child for child in children if child._compiled_call_impl is None]  # else the user compiles it
         names = ", ".join(type(child).__name__ for child in self._children)
         self.what, self.reason = "the submodules", f"the step is made by {run.mode.value}"
         warn("compile", f"The whole step cannot be one graph: {self.reason}. Compiled are the submodules: {names}.")
+        self._compiler.on_failure = self._give_up
         for child in self._children:
-            child.compile(backend=self._compiler.backend)
+            # what nn.Module.compile does leaves out the modules of torch itself
+            child._compiled_call_impl = self._compiler.compile_in_parts(_caller_of(child))
+
+
+def _caller_of(module: nn.Module) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    return call
 
 
 class MeasuredCompilation:

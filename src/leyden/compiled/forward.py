@@ -42,6 +42,8 @@ class ForwardStep:
             return self._eager(*arguments)
         finally:
             attributes["_metrics"] = metrics
+        if self._compiler.failure is not None:
+            self._give_up(self._compiler.failure)
         if self._compiler.graphs != graphs:
             self._compiler.note_seconds(time.perf_counter() - start)
             self._compiler.look_at_recompilation()

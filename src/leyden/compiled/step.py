@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from leyden.compiled.backend import Compiler, reason_of
+from leyden.compiled.backend import Compiler, reason_of, with_own_code
 from leyden.compiled.check import UPDATE_FACTOR, Snapshot, differences, relative, state_of, tolerance
 from leyden.compiled.graph import Clip, LossScale, Recorder, Result, StepBody
 from leyden.compiled.updates import CHANGED, NEW_STATE, CaptureError, Update, make_update
@@ -21,7 +20,6 @@ from leyden.run import Run, detached, loss_of
 MAX_STATIC_SHAPES = 4
 """Shapes of batches that get a graph of their own; for others there is one in which the sizes are variables."""
 ANY = "any"
-_NUMBERS = itertools.count()
 _RAISED = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 
 Shape = Any
@@ -159,12 +157,7 @@ class CompiledStep:
         return shape
 
     def _new_graph(self) -> Callable[..., Result]:
-        # With a code object of its own: the compiler keeps its graphs by code, and tries one after the other.
-        body = StepBody.__call__
-        # And a name of its own: by that it remembers which sizes and numbers have changed, in this run and earlier ones.
-        code = body.__code__.replace(co_name=f"training_step_{next(_NUMBERS)}")
-        function = FunctionType(code, body.__globals__, code.co_name)
-        return self._compiler.compile(MethodType(function, self._body))
+        return self._compiler.compile(with_own_code(MethodType(StepBody.__call__, self._body)))
 
     # The first use of a graph
 

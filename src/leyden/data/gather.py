@@ -11,7 +11,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable
 from itertools import groupby
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,9 +126,8 @@ def _of_subset(subset: Subset[Any]) -> _Table | None:
     if inner is None or not _are_integers(subset.indices):
         return None
     whole = inner.rows
-    masks = (
-        {bool} if type(subset.indices) is Tensor else {bool, Tensor}
-    )  # of integers, which `_are_integers` has seen to
+    given: Any = subset.indices
+    masks = {bool} if isinstance(given, Tensor) else {bool, Tensor}  # `_are_integers` has looked at a tensor's dtype
 
     def rows(indices: list[int]) -> list[Tensor]:
         taken = list(map(subset.indices.__getitem__, indices))
