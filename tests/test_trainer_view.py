@@ -459,6 +459,15 @@ def test_the_time_account_is_that_of_the_last_fit() -> None:
     assert account.steps == 2 * TRAIN_BATCHES
 
 
+def test_what_compile_has_come_to_can_be_seen_after_fit() -> None:
+    assert make().compilation is None
+    trainer = make(compile="auto")
+    assert trainer.compilation is None
+    trainer.fit(Model(), loader())
+    assert trainer.compilation is not None
+    assert trainer.compilation.line() == ("compile='auto'", "the first steps are measured")  # of a run that had fewer
+
+
 def test_every_property_is_documented_and_looked_at_in_this_file() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     for name, value in vars(TrainerView).items():

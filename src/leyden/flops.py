@@ -259,9 +259,7 @@ def begins_as_graph(trainer: Any) -> bool:
 
     Where the whole step becomes a graph, the optimizer's first step is eager; where only parts of it do, no batch is.
     """
-    if not trainer.time_account.compiles:
-        return False
-    return trainer._run.compiled is None or trainer.global_step > 0
+    return trainer.compilation is not None and trainer.compilation.trains_compiled
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -399,8 +399,8 @@ class Trainer(TrainerView):
     def _tear_down(self, verb: str, outcome: str, first: BaseException | None) -> None:
         module, datamodule = self.lightning_module, self._datamodule
         self._close_account(verb, outcome)
-        if verb == "fit" and self._run is not None and self._run.compiled is not None:
-            self._run.compiled.undo()
+        if verb == "fit" and self.compilation is not None:
+            self.compilation.undo()
         parts: list[Callable[[], object]] = [self._writer.release, self._writer.check]
         parts += [partial(finish, self.profiler, verb), *(partial(each.finalize, outcome) for each in self.loggers)]
         parts += [self._sources.shut_down] if self._sources is not None else []

@@ -18,6 +18,7 @@ from leyden.metrics import as_tensors
 from leyden.optimizers import SchedulerConfig
 
 if TYPE_CHECKING:
+    from leyden.compiled import Compilation, MeasuredCompilation
     from leyden.datamodule import LightningDataModule
     from leyden.loggers import Logger
     from leyden.module import LightningModule
@@ -138,6 +139,11 @@ class TrainerView(ABC):
             print(account.summary())
             if self._run.compiled is not None:
                 print(": ".join(self._run.compiled.line()))
+
+    @property
+    def compilation(self) -> Compilation | MeasuredCompilation | None:
+        """What ``compile`` has come to in the present or last `fit`: ``line()`` says it; None if nothing was to be compiled."""
+        return None if self._run is None else self._run.compiled
 
     # Metrics
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -64,10 +65,12 @@ class Compiler:
 
     def backend(self, graph: Any, inputs: list[Any]) -> Any:
         """Compile what TorchDynamo has captured."""
-        from torch._inductor.compile_fx import compile_fx
-
         self.graphs += 1
-        return compile_fx(graph, inputs, config_patches=self._options)
+        with warnings.catch_warnings():  # of torch's to itself: its compiler uses what it deprecates
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from torch._inductor.compile_fx import compile_fx
+
+            return compile_fx(graph, inputs, config_patches=self._options)
 
     def _backend_or_eager(self, graph: Any, inputs: list[Any]) -> Any:
         try:

@@ -98,6 +98,11 @@ class Compilation:
         self._children = []
 
     @property
+    def trains_compiled(self) -> bool:
+        """Whether something of the next batch runs compiled."""
+        return self.what != "nothing" and (self._step is None or self._run.progress.global_step > 0)
+
+    @property
     def compilations(self) -> int:
         """How many graphs were compiled so far."""
         return self._compiler.graphs
@@ -196,6 +201,11 @@ class MeasuredCompilation:
     def output(self) -> Any:
         """See `Compilation.output`."""
         return self._inner.output
+
+    @property
+    def trains_compiled(self) -> bool:
+        """See `Compilation.trains_compiled`."""
+        return self._inner.trains_compiled
 
     def undo(self) -> None:
         """See `Compilation.undo`."""

@@ -10,6 +10,7 @@ import inspect
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -53,9 +54,8 @@ class Update(ABC):
     def _referred_to(self) -> list[Any]:
         """What the graph takes for granted of the optimizer: groups, parameters, state and hooks."""
         groups, state = self.optimizer.param_groups, self.optimizer.state
-        found = [*groups, *(each for group in groups for each in group["params"])]
-        found += [value for values in state.values() for value in values.values() if isinstance(value, Tensor)]
-        return found + [hook for hooks in _hooks_of(self.optimizer) for hook in hooks.values()]
+        parts = [groups, *(group["params"] for group in groups), *(values.values() for values in state.values())]
+        return list(chain(*parts, *(hooks.values() for hooks in _hooks_of(self.optimizer))))
 
     def is_current(self) -> bool:
         """Whether the optimizer is still made of the objects that the graph refers to."""
@@ -115,6 +115,8 @@ def make_update(optimizer: Optimizer) -> Update:
             raise CaptureError("the optimizer has complex or sparse parameters")
         if any(each._backward_hooks or each._post_accumulate_grad_hooks for each in group["params"]):
             raise CaptureError("a parameter has hooks on its gradient")
+    if not all(isinstance(value, Tensor | None) for values in optimizer.state.values() for value in values.values()):
+        raise CaptureError("the optimizer's state is more than tensors")
     if not all(looks_at_fused(hook) for hooks in _hooks_of(optimizer) for hook in hooks.values()):
         raise CaptureError("the optimizer has hooks on its step")
     own = vars(optimizer).get("step")  # a scheduler wraps it, to see whether it is called
