@@ -463,7 +463,7 @@ def test_what_compile_has_come_to_can_be_seen_after_fit() -> None:
     assert make().compilation is None
     trainer = make(compile="auto")
     assert trainer.compilation is None
-    trainer.fit(Model(), loader())
+    trainer.fit(Model(), loader(), loader())
     assert trainer.compilation is not None
     assert trainer.compilation.line() == ("compile='auto'", "the first steps are measured")  # of a run that had fewer
 

@@ -277,7 +277,7 @@ class CompiledStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the shapes of `state_dict`."""
-        self._static = [_hashable(shape) for shape in state["shapes"]]
+        self._static = [_hashable(shape) for shape in state.get("shapes", ())]
 
 
 def _has_state(run: Run) -> bool:
