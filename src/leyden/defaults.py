@@ -21,6 +21,7 @@ from leyden.callbacks import (
 )
 from leyden.callbacks.preemption import describe
 from leyden.errors import ConfigurationError, reject
+from leyden.memory import give_back_freed_memory, keep_freed_memory
 from leyden.settings import Settings
 
 if TYPE_CHECKING:
@@ -120,8 +121,8 @@ def default_loggers(given: Any, settings: Settings, root: str) -> list[Logger]:
 
 
 @contextmanager
-def global_switches(settings: Settings) -> Iterator[None]:
-    """Set torch's global switches for one verb, and set them back afterwards."""
+def global_switches(settings: Settings, device: torch.device) -> Iterator[None]:
+    """Set torch's global switches for one verb, and set them back afterwards; on the CPU let freed memory be kept meanwhile."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn_benchmark = torch.backends.cudnn.benchmark
@@ -136,12 +137,15 @@ def global_switches(settings: Settings) -> Iterator[None]:
         from leyden.compiled.backend import compiler_switches  # torch's compiler takes a second to import
 
         compiler = compiler_switches()
+    keeps_memory = device.type == "cpu" and keep_freed_memory()
     try:
         with torch.autograd.set_detect_anomaly(settings.detect_anomaly or torch.is_anomaly_enabled()), compiler:
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.backends.cudnn.benchmark = cudnn_benchmark
+        if keeps_memory:
+            give_back_freed_memory()
 
 
 def is_interactive() -> bool:

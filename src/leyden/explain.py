@@ -17,6 +17,7 @@ from leyden.defaults import with_modules_own
 from leyden.fused import FUSED_KINDS
 from leyden.hooks import EVENTS, Resolver, location, overridden, step_arity
 from leyden.lifecycle import Line, lines_of, row
+from leyden.memory import KEPT_BYTES, can_be_kept
 from leyden.module import LightningModule
 from leyden.profilers.profiler import PassThroughProfiler
 from leyden.run import Mode
@@ -222,6 +223,11 @@ class _Case:
             yield "", "an optimizer that needs a closure, as LBFGS, makes training_step part of its step"
         stay = "stay as they are: the device is the CPU, and no transfer hook is overridden"
         yield "batches", f"are moved to {trainer.device}" if self.moves() else stay
+        if trainer.device.type == "cpu" and can_be_kept():
+            yield (
+                "freed memory",
+                f"up to {KEPT_BYTES // 2**20} MB stay with the process, for the next step; MALLOC_… variables decide otherwise",
+            )
         if self.run is not None and hasattr(self.run, "source"):
             source = self.run.source
             count = "unknown in number" if source.total == math.inf else f"{int(source.total)} per epoch"

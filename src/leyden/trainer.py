@@ -340,7 +340,7 @@ class Trainer(TrainerView):
         outcome, began = "failed", False
         first: BaseException | None = None
         try:
-            with global_switches(self._settings):
+            with global_switches(self._settings, self.device):
                 self._set_up(verb, module, datamodule)
                 began = True
                 yield resolver

@@ -65,16 +65,21 @@ class Compiler:
 
     def backend(self, graph: Any, inputs: list[Any]) -> Any:
         """Compile what TorchDynamo has captured."""
-        self.graphs += 1
         with warnings.catch_warnings():  # of torch's to itself: its compiler uses what it deprecates
             warnings.simplefilter("ignore", DeprecationWarning)
             from torch._inductor.compile_fx import compile_fx
 
-            return compile_fx(graph, inputs, config_patches=self._options)
+            compiled = compile_fx(graph, inputs, config_patches=self._options)
+        self.graphs += 1
+        return compiled
 
     def _backend_or_eager(self, graph: Any, inputs: list[Any]) -> Any:
+        from torch._dynamo.exc import RestartAnalysis
+
         try:
             return self.backend(graph, inputs)
+        except RestartAnalysis:  # is no failure: it is traced again, in another way
+            raise
         except Exception as error:  # noqa: BLE001 whatever it is, eager can do the same
             if self.failure is None:
                 self.failure = f"torch's compiler failed with {type(error).__name__}: {reason_of(error)}"
@@ -107,13 +112,6 @@ class Compiler:
             f"compile: {self._again} times a graph had to be made anew, this time because {_last_reason()}. A Python number "
             "that changes from step to step makes a graph for each value: make it a tensor, or leave it out of the step.",
         )
-
-    @staticmethod
-    def mark_dynamic(batch: Any) -> None:
-        """Let the sizes of a batch's tensors be variables of the graph."""
-        for tensor in _tensors(batch):
-            for dimension in range(tensor.dim()):
-                torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
 
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -179,16 +177,6 @@ def compiler_switches() -> Iterator[None]:
 
 _CHANGING = ("L['batch_idx']", r".*\.progress\.(epoch|global_step|batch|total_batches)$")
 """Numbers that are others in each call, as torch names them: variables of a graph from the beginning."""
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
 
 
 def reason_of(error: BaseException) -> str:

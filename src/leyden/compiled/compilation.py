@@ -15,6 +15,7 @@ from torch import nn
 from leyden.compiled.backend import Compiler
 from leyden.compiled.forward import ForwardStep
 from leyden.compiled.graph import Clip
+from leyden.compiled.shapes import Shapes
 from leyden.compiled.step import CompiledStep
 from leyden.errors import warn
 from leyden.run import Mode, Run
@@ -53,7 +54,8 @@ class Compilation:
         self._compiler = Compiler(run.device, lambda seconds: run.account.add("compilation", seconds))
         self._step: CompiledStep | None = None
         self._children: list[nn.Module] = []
-        self._state: dict[str, Any] = {}
+        self._shapes = Shapes()
+        self._given_up: str | None = None  # why, if there were graphs of the whole step before
         self._difference: float | None = None  # to eager, once nothing is compiled any more
         self.what, self.reason = "nothing", ""
 
@@ -64,14 +66,14 @@ class Compilation:
             self._compile_children()
         elif self._obstacle is not None:
             self._compile_forward(self._obstacle)
+        elif self._given_up is not None:
+            self._compile_forward(self._given_up, lasting=True)
         else:
             clip = None
             if settings.gradient_clip_val is not None:
                 clip = Clip(float(settings.gradient_clip_val), settings.gradient_clip_algorithm or "norm")
             self.what = "the whole step"
-            self._step = CompiledStep(run, clip, self._compiler, self._compile_forward)
-            if self._state:
-                self._step.load_state_dict(self._state)
+            self._step = CompiledStep(run, clip, self._compiler, self._shapes, self._compile_forward)
 
     def is_ready(self) -> bool:
         """Whether the next batch is for `train_on`."""
@@ -92,7 +94,7 @@ class Compilation:
         """Leave nothing compiled behind."""
         self._run.training_step = self._eager_step
         if self._step is not None:
-            self._state, self._difference, self._step = self._step.state_dict(), self._step.largest_difference, None
+            self._difference, self._step = self._step.largest_difference, None
         for child in self._children:
             child._compiled_call_impl = None
         self._children = []
@@ -121,21 +123,23 @@ class Compilation:
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on from a checkpoint needs to make the same steps."""
-        return self._state if self._step is None else self._step.state_dict()
+        return {"shapes": self._shapes.state(), "given_up": self._given_up}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
-        self._state = state
-        if self._step is not None:
-            self._step.load_state_dict(state)
+        self._shapes.load(state.get("shapes", []))
+        self._given_up = state.get("given_up")
+        if self._given_up is not None and self._step is not None:
+            self._compile_forward(self._given_up, lasting=True)
 
-    def _compile_forward(self, reason: str) -> None:
+    def _compile_forward(self, reason: str, lasting: bool = False) -> None:
         self.what, self.reason, self._step = "forward and backward", reason, None
+        self._given_up = reason if lasting else None
         warn(
             "compile",
             f"The whole step cannot be one graph: {reason}. Forward and backward pass are compiled without the rest.",
         )
-        self._run.training_step = ForwardStep(self._run, self._compiler, self._give_up)
+        self._run.training_step = ForwardStep(self._run, self._compiler, self._shapes, self._give_up)
 
     def _give_up(self, reason: str) -> None:
         self.what, self.reason = "nothing", reason

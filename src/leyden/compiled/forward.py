@@ -8,6 +8,7 @@ from typing import Any
 
 from leyden.compiled.backend import Compiler, reason_of
 from leyden.compiled.graph import Recorder
+from leyden.compiled.shapes import Shape, Shapes
 from leyden.run import Run
 
 
@@ -17,31 +18,39 @@ class ForwardStep:
     Args:
         run: whose `training_step` it stands for.
         compiler: makes the graphs.
+        shapes: says which batches share one.
         give_up: is told why it cannot be compiled, and puts the eager step back.
     """
 
-    def __init__(self, run: Run, compiler: Compiler, give_up: Callable[[str], None]) -> None:
+    def __init__(self, run: Run, compiler: Compiler, shapes: Shapes, give_up: Callable[[str], None]) -> None:
         self._run = run
         self._compiler = compiler
         self._give_up = give_up
         self._recorder = Recorder()
         self._eager = run.training_step
-        self._step: Callable[..., Any] = compiler.compile_in_parts(run.training_step)
+        self._shapes = shapes
+        self._steps: dict[Shape, Callable[..., Any]] = {}
 
     def __call__(self, *arguments: Any) -> Any:
         """Compute the loss."""
         attributes, graphs = self._run.module.__dict__, self._compiler.graphs
+        shape = self._shapes.of(arguments[0] if arguments else None)
+        if shape not in self._steps:
+            self._steps[shape] = self._compiler.compile_in_parts(self._eager)
         metrics, self._recorder.calls = attributes["_metrics"], []
         attributes["_metrics"] = None if metrics is None else self._recorder
-        start = time.perf_counter()
+        start, reason = time.perf_counter(), None
         try:
-            output = self._step(*arguments)
+            output = self._steps[shape](*arguments)
         except self._compiler.errors as error:
-            attributes["_metrics"] = metrics
-            self._give_up(reason_of(error))
-            return self._eager(*arguments)
+            reason = reason_of(error)
         finally:
             attributes["_metrics"] = metrics
+        if reason is not None:
+            self._give_up(reason)
+            return self._eager(
+                *arguments
+            )  # out here, so that an error of the user's own is not shown as one of torch's
         if self._compiler.failure is not None:
             self._give_up(self._compiler.failure)
         if self._compiler.graphs != graphs:

@@ -8,22 +8,16 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.optim import SGD
 
 from leyden.compiled.backend import Compiler, reason_of, with_own_code
 from leyden.compiled.check import UPDATE_FACTOR, Snapshot, differences, relative, state_of, tolerance
 from leyden.compiled.graph import Clip, LossScale, Recorder, Result, StepBody
+from leyden.compiled.shapes import Shape, Shapes
 from leyden.compiled.updates import CHANGED, NEW_STATE, CaptureError, Update, make_update
 from leyden.run import Run, detached, loss_of
 
-MAX_STATIC_SHAPES = 4
-"""Shapes of batches that get a graph of their own; for others there is one in which the sizes are variables."""
-ANY = "any"
 _RAISED = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
-
-Shape = Any
-"""The sizes of all tensors of a batch, in its structure."""
 
 
 class Case(NamedTuple):
@@ -42,21 +36,26 @@ class CompiledStep:
     twice from the same state, in eager and by the graph; if they differ by more than `leyden.compiled.check.TOLERANCES`, or
     the step cannot be captured, that batch is trained on in eager and ``on_give_up`` is told why.
 
-    Which batches are trained on by which graph depends on the batches before them alone, and is part of a checkpoint, so that
-    a run that goes on from one makes the same steps.
-
     Args:
         run: which it takes steps for.
         clip: how gradients are clipped, or None.
         compiler: makes the graphs.
-        on_give_up: is told why there is no graph, in words that end a sentence.
+        shapes: says which batches share a graph.
+        on_give_up: is told why there is no graph, in words that end a sentence, and whether there were some before.
 
     Attributes:
         output: what callbacks get of the last batch.
         largest_difference: to eager, relative, of what was compared; None before that.
     """
 
-    def __init__(self, run: Run, clip: Clip | None, compiler: Compiler, on_give_up: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run: Run,
+        clip: Clip | None,
+        compiler: Compiler,
+        shapes: Shapes,
+        on_give_up: Callable[[str, bool], None],
+    ) -> None:
         self._run = run
         self._clip = clip
         self._compiler = compiler
@@ -64,7 +63,8 @@ class CompiledStep:
         self._recorder = Recorder()
         self._update: Update | None = None
         self._body: StepBody | None = None
-        self._static: list[Shape] = []
+        self._shapes = shapes
+        self._was_used = False
         self._graphs: dict[Case, Callable[..., Result]] = {}
         self._checked: set[Case] = set()
         self._takes_window = False
@@ -93,7 +93,7 @@ class CompiledStep:
             except CaptureError as error:
                 return self._give_up(str(error))
         window, at = run.window, run.progress.micro_batch
-        case = Case(self._shape_of_graph(batch), window, at == 0, at + 1 == window)
+        case = Case(self._shapes.of(batch), window, at == 0, at + 1 == window)
         if case not in self._checked:
             return self._first_use(case, batch, batch_idx)
         graphs = self._compiler.graphs
@@ -146,15 +146,6 @@ class CompiledStep:
         if run.moved and run.step_schedulers:
             run.step_schedulers_after_step()
         return True
-
-    def _shape_of_graph(self, batch: Any) -> Shape:
-        shape = shape_of(batch)
-        if shape not in self._static:
-            if len(self._static) == MAX_STATIC_SHAPES:
-                self._compiler.mark_dynamic(batch)
-                return ANY
-            self._static.append(shape)
-        return shape
 
     def _new_graph(self) -> Callable[..., Result]:
         return self._compiler.compile(with_own_code(MethodType(StepBody.__call__, self._body)))
@@ -217,6 +208,7 @@ class CompiledStep:
         got.put_back()
         self._recorder.calls = calls
         self._checked.add(case)
+        self._was_used = True
         return self._settle(result, case)
 
     def _eager(self, case: Case, batch: Any, batch_idx: int) -> Result:
@@ -259,7 +251,7 @@ class CompiledStep:
 
     def _give_up(self, reason: str) -> bool:
         """Leave this batch and the next ones to the loop, with a compiled forward pass."""
-        self._on_give_up(reason)
+        self._on_give_up(reason, self._was_used)
         return self._start_over()
 
     def _start_over(self) -> bool:
@@ -269,16 +261,6 @@ class CompiledStep:
         self._checked.clear()
         return False
 
-    # A checkpoint
-
-    def state_dict(self) -> dict[str, Any]:
-        """The shapes that have a graph of their own."""
-        return {"shapes": list(self._static)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the shapes of `state_dict`."""
-        self._static = [_hashable(shape) for shape in state.get("shapes", ())]
-
 
 def _has_state(run: Run) -> bool:
     """Whether the optimizer has made its state, or has none."""
@@ -286,21 +268,6 @@ def _has_state(run: Run) -> bool:
     assert optimizer is not None
     plain_sgd = type(optimizer).step is SGD.step and not any(group["momentum"] for group in optimizer.param_groups)
     return bool(optimizer.state) or plain_sgd
-
-
-def shape_of(value: Any) -> Shape:
-    """The sizes of all tensors in ``value``, in its structure."""
-    if isinstance(value, Tensor):
-        return value.shape
-    if isinstance(value, (list, tuple)):
-        return tuple([shape_of(part) for part in value])
-    if isinstance(value, dict):
-        return tuple([(name, shape_of(part)) for name, part in value.items()])
-    return None
-
-
-def _hashable(shape: Any) -> Shape:
-    return tuple([_hashable(part) for part in shape]) if isinstance(shape, (list, tuple)) else shape
 
 
 def _of_values(result: Result, wanted: Result, calls: list[Any], wanted_calls: list[Any]) -> dict[str, float]:
