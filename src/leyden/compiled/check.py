@@ -145,7 +145,9 @@ def relative(value: Any, wanted: Any) -> float:
         torch.tensor(each, dtype=torch.float64) if isinstance(each, (bool, int, float)) else each
         for each in (value, wanted)
     ]
-    if all(isinstance(each, Tensor) for each in numbers) and numbers[0].numel() == numbers[1].numel():
+    if all(isinstance(each, Tensor) for each in numbers):
+        if numbers[0].numel() != numbers[1].numel():
+            return math.inf
         one, other = (_wide(each.detach().cpu()).reshape(-1) for each in numbers)
         ratio = _Ratio(floor=1.0)
         ratio.add(_gap(one, other), other)

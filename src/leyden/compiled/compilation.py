@@ -288,15 +288,15 @@ def obstacle(run: Run, settings: Settings, owns: Callable[[str], bool], is_profi
     """What keeps the whole step from being one graph, in words that end a sentence; None if nothing is known to."""
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
         return f"torch {torch.__version__} cannot trace a backward pass, as 2.13 can"
+    for name, off in (("nan_policy", None), ("oom_policy", "raise"), ("detect_anomaly", False)):
+        if getattr(settings, name) != off:
+            return f"{name}={getattr(settings, name)!r} looks at it in the middle"
     for name in _HOOKS_WITHIN:
         if getattr(run.hooks, name):
             return f"{name} is called in the middle of it"
     for name in _OWN_WITHIN:
         if owns(name):
             return f"the module overrides {name}"
-    for name, off in (("nan_policy", None), ("oom_policy", "raise"), ("detect_anomaly", False)):
-        if getattr(settings, name) != off:
-            return f"{name}={getattr(settings, name)!r} looks at it in the middle"
     if is_profiled:
         return "the profiler measures its parts"
     if not isinstance(run.step_context, (torch.autocast, nullcontext)):

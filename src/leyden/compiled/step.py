@@ -263,11 +263,12 @@ class CompiledStep:
 
 
 def _has_state(run: Run) -> bool:
-    """Whether the optimizer has made its state, or has none."""
+    """Whether the optimizer has made its state, or there is none to wait for."""
     optimizer = run.optimizer
     assert optimizer is not None
     plain_sgd = type(optimizer).step is SGD.step and not any(group["momentum"] for group in optimizer.param_groups)
-    return bool(optimizer.state) or plain_sgd
+    unknown = not type(optimizer).step.__module__.startswith("torch.optim.")
+    return bool(optimizer.state) or plain_sgd or unknown
 
 
 def _of_values(result: Result, wanted: Result, calls: list[Any], wanted_calls: list[Any]) -> dict[str, float]:
