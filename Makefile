@@ -41,6 +41,7 @@ bench: $(STAMP) ## compare with the hand-written loop and with other trainers (a
 	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/overhead.py --plot docs/images/overhead.png $(ARGS)
 	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/data.py
 
 bench-quick: $(STAMP) ## compare with the hand-written loop only, in a minute
 	$(BIN)/python benchmarks/overhead.py --quick $(ARGS)

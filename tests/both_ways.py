@@ -168,8 +168,10 @@ def both(
     **options: Any,
 ) -> tuple[Ran, Ran]:
     """Train in eager and compiled; assert that all that came out is the same within ``tolerance``."""
+    torch.manual_seed(SEED)
     eager = fit(folder, make(), loader(), *callbacks(), compile=False, **options)
     after = _random_state()
+    torch.manual_seed(SEED)
     ran = fit(folder, make(), loader(), *callbacks(), compile=True, **options)
     assert len(eager.rows) > 10  # else there is little to compare
     assert_same(ran, eager, tolerance)

@@ -82,7 +82,9 @@ class Shaped(Net):
 
 
 def in_dicts() -> Batches:
-    return Batches([{"x": x, "y": y, "factor": 1.0 + number, "name": "a batch"} for number, (x, y) in enumerate(batches())])
+    return Batches(
+        [{"x": x, "y": y, "factor": 1.0 + number, "name": "a batch"} for number, (x, y) in enumerate(batches())]
+    )
 
 
 class Fresh:
@@ -185,7 +187,9 @@ class Logs(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         found = self.net(batch[0])
         loss = nn.functional.mse_loss(found, batch[1])
-        self.log_dict({"loss": loss, "double": 2 * loss, "three": 3}, on_step=True, on_epoch=True, prog_bar=True, reduce_fx="max")
+        self.log_dict(
+            {"loss": loss, "double": 2 * loss, "three": 3}, on_step=True, on_epoch=True, prog_bar=True, reduce_fx="max"
+        )
         self.log("sum", found.sum(), reduce_fx=torch.sum, on_step=False, on_epoch=True, batch_size=len(found))
         self.log("hidden", found.mean(), logger=False, prog_bar=True, on_step=True)
         self.log("nothing", torch.tensor(math.nan))

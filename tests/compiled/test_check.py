@@ -140,7 +140,9 @@ def test_everything_is_put_back() -> None:
     change_everything(net, run, batch)
     others.add_(1)
     changed = everything(net, run)
-    assert all(one != other for one, other in zip(before, changed, strict=True))  # nothing is tested that was not changed
+    assert all(
+        one != other for one, other in zip(before, changed, strict=True)
+    )  # nothing is tested that was not changed
     after = Snapshot(run, [others], batch)
     snapshot.put_back()
     assert everything(net, run) == before

@@ -152,11 +152,9 @@ def test_clipping_to_nothing_is_no_clipping_of_all(tmp_path: Path) -> None:
 
 
 def test_windows_that_change_get_graphs_of_their_own(tmp_path: Path) -> None:
-    ran, _ = both(
-        tmp_path, Net, callbacks=lambda: [GradientAccumulationScheduler({0: 1, 1: 3, 2: 2})], max_epochs=5
-    )
+    ran, _ = both(tmp_path, Net, callbacks=lambda: [GradientAccumulationScheduler({0: 1, 1: 3, 2: 2})], max_epochs=5)
     assert ran.whole, ran.line
-    # windows of 1: batches of 4 and of 2; of 3 and of the 2 that are left: 3 + 2 places; of 2 and of the 1 that is left: 2 are new
+    # windows of 1: batches of 4 and of 2; of 3, and of the 2 that are left: 3 + 2 places; of 2, and of the 1 that is left: 2 new
     assert ran.compiled.compilations == 2 + (3 + 2) + 2
     assert not ran.warned  # these are not made again and again
 

@@ -349,20 +349,16 @@ def test_a_graph_that_is_wrong_is_found(
     check(ran, "forward and backward", f"the first compiled step differs from the eager one: {what}")
 
 
-class Spoilt:
-    """A backend whose graphs change a number of their results."""
+def spoil_first_graph(monkeypatch: pytest.MonkeyPatch, change: Callable[[list[Any]], Any]) -> None:
+    """Let the first graph that is made change its results."""
+    right, made = Compiler.backend, []
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, change: Callable[[list[Any]], Any], only: int | None = None) -> None:
-        right, made = Compiler.backend, []
+    def backend(compiler: Compiler, graph: Any, inputs: list[Any]) -> Any:
+        run = right(compiler, graph, inputs)
+        made.append(graph)
+        return run if len(made) > 1 else lambda *args: change(list(run(*args)))
 
-        def backend(compiler: Compiler, graph: Any, inputs: list[Any]) -> Any:
-            run = right(compiler, graph, inputs)
-            made.append(graph)
-            if compiler.graphs > 1 and only is None or only is not None and len(made) != only:
-                return run
-            return lambda *args: change(list(run(*args)))
-
-        monkeypatch.setattr(Compiler, "backend", backend)
+    monkeypatch.setattr(Compiler, "backend", backend)
 
 
 def spoil_scalars(results: list[Any]) -> list[Any]:
@@ -370,7 +366,7 @@ def spoil_scalars(results: list[Any]) -> list[Any]:
 
 
 def test_a_loss_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    Spoilt(monkeypatch, spoil_scalars, only=1)
+    spoil_first_graph(monkeypatch, spoil_scalars)
     ran, _ = both(tmp_path, Net, same_size)
     assert codes(ran) == ["compile"]
     assert "differs from the eager one" in ran.warned[0]
@@ -381,7 +377,7 @@ def test_other_random_numbers_are_found(monkeypatch: pytest.MonkeyPatch, tmp_pat
         torch.rand(1)
         return results
 
-    Spoilt(monkeypatch, draw, only=1)
+    spoil_first_graph(monkeypatch, draw)
     ran, _ = both(tmp_path, Net, same_size)
     check(ran, "forward and backward", "differs from the eager one: random numbers")
 
@@ -390,7 +386,7 @@ def test_a_graph_that_raises_leaves_the_batch_to_eager(monkeypatch: pytest.Monke
     def fail(results: list[Any]) -> Any:
         raise RuntimeError("out of luck")
 
-    Spoilt(monkeypatch, fail, only=1)
+    spoil_first_graph(monkeypatch, fail)
     ran, _ = both(tmp_path, Net, same_size)
     check(ran, "forward and backward", "the graph raised RuntimeError: out of luck")
 
@@ -417,7 +413,11 @@ class Mistaken(Net):
 
 @pytest.mark.parametrize(
     ("kind", "error", "text"),
-    [("raise", ZeroDivisionError, "mine"), ("shape", RuntimeError, "inconsistent tensor size"), ("index", IndexError, "out of range")],
+    [
+        ("raise", ZeroDivisionError, "mine"),
+        ("shape", RuntimeError, "inconsistent tensor size"),
+        ("index", IndexError, "out of range"),
+    ],
 )
 def test_an_error_of_the_users_own_comes_out_as_it_is(kind: str, error: Any, text: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=text) as caught:
@@ -437,7 +437,9 @@ def test_reasons() -> None:
     assert reason_of(KeyError()) == "KeyError"
     assert reason_of(Exception("Observed exception\n CaptureError('the reason')")) == "the reason"
     unsupported = "Data-dependent branching\n  Explanation: It depends.\n\nfrom user code:\n"
-    unsupported += '   File "/x/leyden/compiled/graph.py", line 3, in __call__\n   File "/home/me/net.py", line 12, in step\n'
+    unsupported += (
+        '   File "/x/leyden/compiled/graph.py", line 3, in __call__\n   File "/home/me/net.py", line 12, in step\n'
+    )
     assert reason_of(Unsupported(unsupported)) == "Data-dependent branching: It depends (/home/me/net.py:12)"
     failed = BackendCompilerFailed(lambda: None, OSError("no g++"), None)
     assert reason_of(failed) == "torch's compiler failed with OSError: no g++"

@@ -37,7 +37,8 @@ class Saves(L.Callback):
 class Drops(Net):
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(
-            Net().optimizer, *(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 1))
+            Net().optimizer,
+            *(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 1)),
         )
 
 
@@ -73,10 +74,10 @@ def assert_goes_on(ran: Ran, again: Ran) -> None:
 
 
 CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any], tuple[int, ...], dict[str, Any]]] = {
-    "a last batch of another size": (Drops, batches, (1, 2, 7, 10), {}),
-    "more than four sizes": (Drops, many_sizes, (1, 7, 14), {}),
-    "in parts": (InParts, many_sizes, (1, 7, 14), {}),
-    "windows": (Drops, batches, (1, 2, 3), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
+    "a last batch of another size": (Drops, batches, (1, 2, 7), {}),
+    "more than four sizes": (Drops, many_sizes, (1, 14), {}),
+    "in parts": (InParts, many_sizes, (1, 7), {}),
+    "windows": (Drops, batches, (1, 2), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
     "given up later": (Tires, batches, (2, 12), {}),
 }
 
@@ -85,7 +86,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any], tuple[int, ...], di
 @pytest.mark.parametrize("name", CASES)
 def test_the_rest_is_the_same_to_the_bit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, loader, stops, options = CASES[name]
-    if name not in ("a last batch of another size", "in parts"):
+    if name != "a last batch of another size":
         run_as_traced(monkeypatch)
     ran = fit(tmp_path, make(), loader(), Saves(tmp_path), max_epochs=3, **options)
     assert ran.whole == (name not in ("in parts", "given up later")), ran.line

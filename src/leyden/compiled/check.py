@@ -217,7 +217,7 @@ class _Walk:
 def _parts(value: Any) -> list[Any] | None:
     """What a collection holds; None for something else."""
     if isinstance(value, dict):
-        return list(dict.items(value))
+        return list(value.items() if isinstance(value, OrderedDict) else dict.items(value))
     return list(value) if isinstance(value, (list, tuple, set, deque)) else None
 
 
