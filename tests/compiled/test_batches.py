@@ -152,8 +152,11 @@ def test_numbers_that_change_are_variables(name: str, most: int, tmp_path: Path)
 def test_a_fraction_that_is_written_back_is_a_constant_of_each_graph(tmp_path: Path) -> None:
     ran, _ = both(tmp_path, lambda: Reads("factor"), same_size)
     assert sorted(codes(ran)) == ["compile", "recompilations"]
-    assert "factor" in ran.warned[0]
-    assert "make it a tensor" in ran.warned[0]
+    again = next(text for text in ran.warned if "LEY-recompilations" in text)
+    assert "4 times a graph had to be made anew" in again
+    assert "factor" in again
+    assert "make it a tensor" in again
+    assert "\n" not in again
     assert "it would be compiled again and again" in ran.compiled.reason
 
 
@@ -170,7 +173,7 @@ def test_batches_that_are_skipped(tmp_path: Path) -> None:
     assert ran.trainer._run.progress.skipped_batches == 4  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("skipped", [(1,), (2,), (3, 4), (0, 1, 2)])
+@pytest.mark.parametrize("skipped", [(1,), (3, 4), (0, 1, 2)])
 def test_batches_that_are_skipped_within_windows(skipped: tuple[int, ...], tmp_path: Path) -> None:
     class SkipsSome(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:

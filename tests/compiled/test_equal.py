@@ -36,6 +36,9 @@ WRITTEN_DOWN: dict[str, Callable[[Net], Any]] = {
         net.parameters(), lr=1e-2, momentum=0.9, nesterov=True, weight_decay=0.1
     ),
     "SGD, dampening, groups": lambda net: groups(net, optim.SGD, momentum=0.9, dampening=0.3),
+    "SGD, momentum in one group": lambda net: optim.SGD(
+        [{"params": net.net[0].parameters(), "momentum": 0.9}, {"params": net.net[2].parameters()}], lr=1e-2
+    ),
     "SGD, maximize": lambda net: optim.SGD(net.parameters(), lr=1e-4, maximize=True),
 }
 TRACED: dict[str, Callable[[Net], Any]] = {

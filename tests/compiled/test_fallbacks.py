@@ -247,7 +247,7 @@ def test_manual_optimization_compiles_the_submodules(tmp_path: Path) -> None:
 
 def test_what_the_user_compiles_stays_compiled(tmp_path: Path) -> None:
     gan, calls = Gan(), []
-    gan.judge._compiled_call_impl = lambda *args: calls.append(1) or gan.judge._call_impl(*args)  # type: ignore
+    gan.judge._compiled_call_impl = lambda *args: calls.append(1) or gan.judge._call_impl(*args)  # type: ignore[func-returns-value]
     ran = fit(tmp_path, gan, same_size(), max_epochs=1)
     assert len(calls) == 10
     assert gan.judge._compiled_call_impl is not None

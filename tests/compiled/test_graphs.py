@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import leyden as L
-from both_ways import Net, batches, codes, fit, needs_tracing, same_size, traced_only
+from both_ways import Net, batches, fit, needs_tracing, same_size, traced_only
 from leyden import trainer_view
 from leyden.compiled.backend import keep_guards, with_own_code
 
@@ -93,27 +93,6 @@ def test_the_same_module_is_fitted_twice(tmp_path: Path) -> None:
     assert first.whole
     assert second.whole
     assert second.of("loss_step")[-1] < first.of("loss_step")[0]
-
-
-class Grows(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.losses: list[Tensor] = []
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.loss(batch)
-        self.losses.append(loss.detach())
-        return loss
-
-
-def test_what_makes_graphs_again_and_again_is_said_once(tmp_path: Path) -> None:
-    ran = fit(tmp_path, Grows(), same_size())
-    assert sorted(codes(ran)) == ["compile", "recompilations"]
-    again = next(text for text in ran.warned if "LEY-recompilations" in text)
-    assert "4 times a graph had to be made anew" in again
-    assert "losses" in again
-    assert "\n" not in again
-    assert len(ran.module.losses) == 20
 
 
 def test_explain_and_the_end_of_fit_say_what_was_compiled(

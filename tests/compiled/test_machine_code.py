@@ -94,22 +94,6 @@ def test_sizes_that_are_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert ran.compiled.compilations == 2
 
 
-def test_a_gate_that_is_attention(tmp_path: Path) -> None:
-    class Attends(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(6, 2, dropout=0.1, batch_first=True, bias=False)
-            self.norm = nn.LayerNorm(6)
-
-        def loss(self, batch: Any) -> Tensor:
-            x = batch[0][None]
-            x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])[0]
-            return nn.functional.mse_loss(self.net(x), batch[1])
-
-    ran, _ = both(tmp_path, Attends, lambda: batches(last=4), tolerance=1e-3)
-    assert ran.whole, ran.line
-
-
 def test_in_a_program_whose_warnings_are_errors_and_that_has_worker_processes(tmp_path: Path) -> None:
     program = f"""
         import sys

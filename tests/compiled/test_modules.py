@@ -287,6 +287,17 @@ def test_a_hook_on_the_optimizer_that_comes_late(tmp_path: Path) -> None:
     assert ran.optimizer_state[0]["param_groups"][0]["lr"] == 0.05
 
 
+class Reloads(L.Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.optimizers[0].load_state_dict(trainer.optimizers[0].state_dict())
+
+
+def test_a_state_that_is_another_one_all_the_time_is_given_up(tmp_path: Path) -> None:
+    ran, _ = both(tmp_path, Net, same_size, lambda: [Reloads()])
+    assert codes(ran) == ["compile"]
+    assert "others again and again" in ran.warned[0]
+
+
 SCALE: Any = torch.ones(1, 1)
 HEAD: Any = nn.Linear(1, 1)
 

@@ -17,6 +17,8 @@ from leyden.compiled.shapes import Shape, Shapes
 from leyden.compiled.updates import CHANGED, NEW_STATE, CaptureError, Update, make_update
 from leyden.run import Run, detached, loss_of
 
+FEW_BATCHES, MAX_STARTS = 10, 5
+"""How often graphs that are used so seldom are made until it is given up."""
 _RAISED = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -65,6 +67,7 @@ class CompiledStep:
         self._body: StepBody | None = None
         self._shapes = shapes
         self._was_used = False
+        self._since, self._short = 0, 0
         self._graphs: dict[Case, Callable[..., Result]] = {}
         self._checked: set[Case] = set()
         self._takes_window = False
@@ -126,6 +129,7 @@ class CompiledStep:
     def _settle(self, result: Result, case: Case) -> bool:
         """Log and count what was done, as `loop.forward_backward` and `loop.optimizer_step` do."""
         run, progress = self._run, self._run.progress
+        self._since += 1
         for call in self._recorder.calls:
             run.metrics.log(*call)
         run.loss, self.output = result.loss, result.output
@@ -251,15 +255,22 @@ class CompiledStep:
 
     def _give_up(self, reason: str) -> bool:
         """Leave this batch and the next ones to the loop, with a compiled forward pass."""
+        self._forget()
         self._on_give_up(reason, self._was_used)
-        return self._start_over()
+        return False
 
     def _start_over(self) -> bool:
-        """Leave this batch, and the rest of its window, to the loop, and forget the graphs."""
-        self._takes_window, self._update, self._body = False, None, None
+        """Leave this batch, and the rest of its window, to the loop, and begin with new graphs."""
+        self._short = self._short + 1 if self._since < FEW_BATCHES else 0
+        if self._short == MAX_STARTS:
+            return self._give_up("the optimizer's parameters or state are others again and again")
+        self._forget()
+        return False
+
+    def _forget(self) -> None:
+        self._since, self._takes_window, self._update, self._body = 0, False, None, None
         self._graphs.clear()
         self._checked.clear()
-        return False
 
 
 def _has_state(run: Run) -> bool:

@@ -157,7 +157,10 @@ class FactorUpdate(Update):
         if any(each.device != device for each in self.parameters):
             raise CaptureError("the optimizer's parameters are on several devices")
         self.groups = [group for group in optimizer.param_groups for each in group["params"] if each.requires_grad]
-        self.states = [self._tensors(optimizer.state.get(each, {})) for each in self.parameters]
+        self.states = [
+            self._tensors(optimizer.state.get(each, {}), group)
+            for each, group in zip(self.parameters, self.groups, strict=True)
+        ]
         self.flags = [self._flags(group) for group in self.groups]
         self.steps = [optimizer.state.get(each, {}).get("step") for each in self.parameters]
         self.counts = [0 if step is None else int(step) for step in self.steps]
@@ -168,7 +171,7 @@ class FactorUpdate(Update):
         self._arrange()
 
     @abstractmethod
-    def _tensors(self, state: dict[str, Any]) -> list[Tensor] | None:
+    def _tensors(self, state: dict[str, Any], group: dict[str, Any]) -> list[Tensor] | None:
         """The state of one parameter that the formula updates; None if it has none yet."""
 
     @abstractmethod
@@ -269,7 +272,7 @@ def write_back(old: Tensor, new: Tensor, keep: Tensor | None) -> None:
 class AdamUpdate(FactorUpdate):
     """`torch.optim.Adam` and `AdamW`: Kingma and Ba 2015, Loshchilov and Hutter 2019."""
 
-    def _tensors(self, state: dict[str, Any]) -> list[Tensor] | None:
+    def _tensors(self, state: dict[str, Any], group: dict[str, Any]) -> list[Tensor] | None:
         if not state:
             return None
         return [state[name] for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if name in state]
@@ -314,11 +317,11 @@ class AdamUpdate(FactorUpdate):
 class SGDUpdate(FactorUpdate):
     """`torch.optim.SGD`, with momentum as torch defines it."""
 
-    def _tensors(self, state: dict[str, Any]) -> list[Tensor] | None:
+    def _tensors(self, state: dict[str, Any], group: dict[str, Any]) -> list[Tensor] | None:
         momentum = state.get("momentum_buffer")
         if momentum is not None:
             return [momentum]
-        return [] if not any(group["momentum"] for group in self.optimizer.param_groups) else None
+        return None if group["momentum"] else []
 
     def _flags(self, group: dict[str, Any]) -> tuple[bool, ...]:
         return bool(group["maximize"]), bool(group["weight_decay"]), bool(group["nesterov"])
