@@ -112,10 +112,12 @@ class Compilation:
     def line(self) -> tuple[str, str]:
         """A setting and what became of it, for `Trainer.explain`."""
         setting = f"compile={self._settings.compile!r}"
+        what = f"{self.what} {'is' if self.what in ('the whole step', 'nothing') else 'are'}"
         if not self._compiler.graphs:
-            return setting, f"{self.what} is to be compiled" if self.what != "nothing" else "nothing is compiled yet"
+            return setting, f"{what} to be compiled" if self.what != "nothing" else "nothing is compiled yet"
         count = "1 graph" if self._compiler.graphs == 1 else f"{self._compiler.graphs} graphs"
-        done = f"{self.what} is compiled: {count} in {self._compiler.seconds:.1f} s"
+        took = f" in {self._compiler.seconds:.1f} s" if self._compiler.seconds else ""
+        done = f"{what} compiled: {count}{took}"
         difference = self._difference if self._step is None else self._step.largest_difference
         if difference is not None:
             done += f", at most {difference:.0e} from eager when first used"

@@ -1,4 +1,4 @@
-"""Where the whole step cannot be one graph: `training_step` in as many graphs as it needs, checked against eager."""
+"""Where the whole step cannot be one graph: `training_step` in as many graphs as it needs."""
 
 from __future__ import annotations
 
@@ -48,9 +48,8 @@ class ForwardStep:
             attributes["_metrics"] = metrics
         if reason is not None:
             self._give_up(reason)
-            return self._eager(
-                *arguments
-            )  # out here, so that an error of the user's own is not shown as one of torch's
+            # out here, so that an error of the user's own is not shown as one of torch's
+            return self._eager(*arguments)
         if self._compiler.failure is not None:
             self._give_up(self._compiler.failure)
         if self._compiler.graphs != graphs:
