@@ -448,3 +448,55 @@ def test_reasons() -> None:
 def test_a_batch_of_another_size_within_a_run_of_parts(tmp_path: Path) -> None:
     ran, _ = both(tmp_path, variant(training_step=branches), batches)
     check(ran, "forward and backward", "Data-dependent branching")
+
+
+class Annealed(Net):
+    """Weighs its loss by a number that each step changes; ``where`` says where it is kept."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.beta, self.options, self.history = 1.0, {"beta": 1.0}, [1.0]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.where == "attribute":
+            self.beta *= 0.9
+            weight = self.beta
+        elif self.where == "dict":
+            self.options["beta"] *= 0.9
+            weight = self.options["beta"]
+        else:
+            self.history.append(0.9 * self.history[-1])
+            weight = self.history[-1]
+        return self.loss(batch) * weight
+
+
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        ("attribute", "it changes self.beta"),
+        ("list", "it changes the length of self.history"),
+        ("dict", "it would be compiled again and again"),
+    ],
+)
+def test_a_number_that_the_step_changes_is_followed(tmp_path: Path, where: str, reason: str) -> None:
+    eager, ran = (fit(tmp_path, Annealed(where), same_size(8), compile=each, max_epochs=2) for each in (False, True))
+    numbers = [(each.module.beta, each.module.options, each.module.history) for each in (eager, ran)]
+    assert numbers[0] == numbers[1]
+    for mine, other in zip(ran.module.parameters(), eager.module.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
+    assert ran.compiled.what == "nothing"
+    assert reason in ran.compiled.reason
+    assert ran.line == f"compile=True: nothing is compiled: {ran.compiled.reason}; all of it is eager"
+
+
+def test_hooks_in_the_middle_and_a_number_that_the_step_changes(tmp_path: Path) -> None:
+    def make(compiled: bool) -> Ran:
+        module = Annealed("attribute")
+        module.on_after_backward = lambda: None  # type: ignore[method-assign]
+        return fit(tmp_path, module, same_size(8), compile=compiled, max_epochs=2)
+
+    eager, ran = make(False), make(True)
+    assert ran.module.beta == eager.module.beta
+    for mine, other in zip(ran.module.parameters(), eager.module.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)

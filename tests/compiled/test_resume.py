@@ -123,6 +123,6 @@ def test_eager_runs_go_on_compiled_and_the_other_way_round(compiled_first: bool,
 def test_what_a_checkpoint_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_as_traced(monkeypatch)
     fit(tmp_path, Net(), batches(), Saves(tmp_path), max_epochs=2)
-    assert load_checkpoint(tmp_path / "1.ckpt")["compiled"] == {"shapes": [], "given_up": None}
+    assert load_checkpoint(tmp_path / "1.ckpt")["compiled"] == {"shapes": [], "given_up": None, "entirely": False}
     assert load_checkpoint(tmp_path / "2.ckpt")["compiled"]["shapes"] == [[[4, 6], [4, 1]]]
     assert load_checkpoint(tmp_path / "7.ckpt")["compiled"]["shapes"] == [[[4, 6], [4, 1]], [[2, 6], [2, 1]]]

@@ -169,6 +169,8 @@ def compiler_switches() -> Iterator[None]:
     with ExitStack() as stack:
         if hasattr(config, "trace_autograd_ops"):
             stack.enter_context(config.patch(trace_autograd_ops=True))
+        # a float that the step itself changes would be a variable of the graph whose changes torch 2.13 loses
+        stack.enter_context(config.patch(specialize_float=True))
         # by default hooks that are added later are not noticed, and a counter of a module is a constant
         stack.enter_context(config.patch(skip_nnmodule_hook_guards=False, allow_unspec_int_on_nn_module=True))
         stack.enter_context(compiler_config.patch(dynamic_sources=",".join(_CHANGING)))  # type: ignore[attr-defined]
@@ -179,10 +181,15 @@ _CHANGING = ("L['batch_idx']", r".*\.progress\.(epoch|global_step|batch|total_ba
 """Numbers that are others in each call, as torch names them: variables of a graph from the beginning."""
 
 
+def is_endless(error: BaseException) -> bool:
+    """Whether graphs were made again and again, so that there is no use in making other ones of the same code."""
+    return type(error).__name__ == "FailOnRecompileLimitHit"
+
+
 def reason_of(error: BaseException) -> str:
     """What a compilation says about why it failed, in words that end a sentence: the cause and the line of the user."""
     text = str(error)
-    if type(error).__name__ == "FailOnRecompileLimitHit":
+    if is_endless(error):
         return f"it would be compiled again and again, this time because {_last_reason()}"
     if found := re.search(r"CaptureError\(['\"](.+?)['\"]\)", text):
         return found[1]

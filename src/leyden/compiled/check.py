@@ -283,6 +283,18 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
+def constants_of(module: nn.Module) -> dict[str, float]:
+    """Floats and the lengths of lists among the attributes of a module and its parts: constants of a graph, by dotted names."""
+    found: dict[str, float] = {}
+    for name, part in module.named_modules():
+        for attribute, value in vars(part).items():
+            if type(value) is float:
+                found[".".join(filter(None, ("self", name, attribute)))] = value
+            elif type(value) is list:
+                found[f"the length of {'.'.join(filter(None, ('self', name, attribute)))}"] = len(value)
+    return found
+
+
 def state_of(optimizer: Optimizer) -> list[Tensor]:
     """The tensors of an optimizer's state."""
     return [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]

@@ -56,6 +56,7 @@ class Compilation:
         self._children: list[nn.Module] = []
         self._shapes = Shapes()
         self._given_up: str | None = None  # why, if there were graphs of the whole step before
+        self._entirely = False  # whether nothing else was compiled instead
         self._difference: float | None = None  # to eager, once nothing is compiled any more
         self.what, self.reason = "nothing", ""
 
@@ -67,13 +68,13 @@ class Compilation:
         elif self._obstacle is not None:
             self._compile_forward(self._obstacle)
         elif self._given_up is not None:
-            self._compile_forward(self._given_up, lasting=True)
+            self._fall_back(self._given_up, True, self._entirely)
         else:
             clip = None
             if settings.gradient_clip_val is not None:
                 clip = Clip(float(settings.gradient_clip_val), settings.gradient_clip_algorithm or "norm")
             self.what = "the whole step"
-            self._step = CompiledStep(run, clip, self._compiler, self._shapes, self._compile_forward)
+            self._step = CompiledStep(run, clip, self._compiler, self._shapes, self._fall_back)
 
     def is_ready(self) -> bool:
         """Whether the next batch is for `train_on`."""
@@ -112,6 +113,8 @@ class Compilation:
     def line(self) -> tuple[str, str]:
         """A setting and what became of it, for `Trainer.explain`."""
         setting = f"compile={self._settings.compile!r}"
+        if self.what == "nothing" and self.reason:
+            return setting, f"nothing is compiled: {self.reason}; all of it is eager"
         what = f"{self.what} {'is' if self.what in ('the whole step', 'nothing') else 'are'}"
         if not self._compiler.graphs:
             return setting, f"{what} to be compiled" if self.what != "nothing" else "nothing is compiled yet"
@@ -125,14 +128,14 @@ class Compilation:
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on from a checkpoint needs to make the same steps."""
-        return {"shapes": self._shapes.state(), "given_up": self._given_up}
+        return {"shapes": self._shapes.state(), "given_up": self._given_up, "entirely": self._entirely}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
         self._shapes.load(state.get("shapes", []))
-        self._given_up = state.get("given_up")
+        self._given_up, self._entirely = state.get("given_up"), bool(state.get("entirely"))
         if self._given_up is not None and self._step is not None:
-            self._compile_forward(self._given_up, lasting=True)
+            self._fall_back(self._given_up, True, self._entirely)
 
     def _compile_forward(self, reason: str, lasting: bool = False) -> None:
         self.what, self.reason, self._step = "forward and backward", reason, None
@@ -142,6 +145,14 @@ class Compilation:
             f"The whole step cannot be one graph: {reason}. Forward and backward pass are compiled without the rest.",
         )
         self._run.training_step = ForwardStep(self._run, self._compiler, self._shapes, self._give_up)
+
+    def _fall_back(self, reason: str, lasting: bool, entirely: bool) -> None:
+        self._step = None
+        if entirely:
+            self._given_up, self._entirely = reason, True
+            self._give_up(reason)
+        else:
+            self._compile_forward(reason, lasting)
 
     def _give_up(self, reason: str) -> None:
         self.what, self.reason = "nothing", reason

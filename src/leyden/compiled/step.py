@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim import SGD
 
-from leyden.compiled.backend import Compiler, reason_of, with_own_code
-from leyden.compiled.check import UPDATE_FACTOR, Snapshot, differences, relative, state_of, tolerance
+from leyden.compiled.backend import Compiler, is_endless, reason_of, with_own_code
+from leyden.compiled.check import UPDATE_FACTOR, Snapshot, constants_of, differences, relative, state_of, tolerance
 from leyden.compiled.graph import Clip, LossScale, Recorder, Result, StepBody
 from leyden.compiled.shapes import Shape, Shapes
 from leyden.compiled.updates import CHANGED, NEW_STATE, CaptureError, Update, make_update
@@ -43,7 +43,8 @@ class CompiledStep:
         clip: how gradients are clipped, or None.
         compiler: makes the graphs.
         shapes: says which batches share a graph.
-        on_give_up: is told why there is no graph, in words that end a sentence, and whether there were some before.
+        on_give_up: is told why there is no graph, in words that end a sentence, whether there were some
+            before, and whether there is no use in compiling less.
 
     Attributes:
         output: what callbacks get of the last batch.
@@ -56,7 +57,7 @@ class CompiledStep:
         clip: Clip | None,
         compiler: Compiler,
         shapes: Shapes,
-        on_give_up: Callable[[str, bool], None],
+        on_give_up: Callable[[str, bool, bool], None],
     ) -> None:
         self._run = run
         self._clip = clip
@@ -103,7 +104,7 @@ class CompiledStep:
         try:
             result = self._call(case, batch, batch_idx)
         except self._compiler.errors as error:  # it was to be compiled anew; nothing of the step is done
-            return self._not_captured(reason_of(error))
+            return self._not_captured(error)
         if self._compiler.graphs != graphs:
             self._compiler.look_at_recompilation()
             self._checked.remove(case)  # the next one is checked again
@@ -182,13 +183,13 @@ class CompiledStep:
         scratch, has_gradient = self._body.tensors(), list(self._body.has_gradient)
         # eager clips the gradients where they are, and nobody reads them again
         others = scratch[len(self._body.gradients) :] if case.last else scratch
-        before = Snapshot(self._run, others, batch, scratch)
+        before, constants = Snapshot(self._run, others, batch, scratch), constants_of(self._run.module)
         start = time.perf_counter()
         try:
             result = self._call(case, batch, batch_idx)
         except self._compiler.errors as error:
             before.put_back()
-            return self._not_captured(reason_of(error))
+            return self._not_captured(error)
         except _RAISED as error:  # if it is the user's own, eager says where
             before.put_back()
             return self._give_up(f"the graph raised {type(error).__name__}: {reason_of(error)}")
@@ -197,6 +198,15 @@ class CompiledStep:
         got, calls = Snapshot(self._run, others, batch, scratch), self._recorder.calls
         before.put_back()
         wanted = self._eager(case, batch, batch_idx)
+        changed = [name for name, value in constants_of(self._run.module).items() if constants.get(name) != value]
+        if changed:
+            before.put_back()
+            self._body.has_gradient = has_gradient
+            return self._give_up(
+                f"it changes {changed[0]}, and a graph would have to be made for each value. Make it a tensor "
+                "(self.register_buffer), or change it in a hook such as on_train_batch_end",
+                entirely=True,
+            )
         allowed, now = tolerance(self._run), Snapshot(self._run, others, batch, copied=False)
         found = differences(before, got, now, self._run, allowed)
         found.update(_of_values(result, wanted, calls, self._recorder.calls))
@@ -250,13 +260,16 @@ class CompiledStep:
             run.optimizer.zero_grad()
         return Result(loss.detach(), detached(output) if run.wants_outputs else None, overflowed, [])
 
-    def _not_captured(self, reason: str) -> bool:
-        return self._start_over() if reason in (CHANGED, NEW_STATE) else self._give_up(reason)
+    def _not_captured(self, error: BaseException) -> bool:
+        reason = reason_of(error)
+        if reason in (CHANGED, NEW_STATE):
+            return self._start_over()
+        return self._give_up(reason, entirely=is_endless(error))
 
-    def _give_up(self, reason: str) -> bool:
-        """Leave this batch and the next ones to the loop, with a compiled forward pass."""
+    def _give_up(self, reason: str, entirely: bool = False) -> bool:
+        """Leave this batch and the next ones to the loop: with a compiled forward pass, or ``entirely``."""
         self._forget()
-        self._on_give_up(reason, self._was_used)
+        self._on_give_up(reason, self._was_used, entirely)
         return False
 
     def _start_over(self) -> bool:
