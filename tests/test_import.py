@@ -12,7 +12,8 @@ import pytest
 IMPORT = "import leyden"
 # What every program touches at once; the classes are loaded when they are named for the first time.
 USE = "import leyden; leyden.Trainer, leyden.LightningModule, leyden.LightningDataModule, leyden.Callback"
-BUDGET_MS = 60.0
+MOST_MODULES = 85
+"""Of leyden, at once; there are 79, which take about 35 ms on an idle machine. Counted, for time is noise."""
 
 
 def run(code: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -48,12 +49,14 @@ def test_import_brings_no_package_beyond_torch(code: str) -> None:
     assert not extra, f"imported at start-up, but torch does not need it: {sorted(extra)}. Import it where it is used."
 
 
-@pytest.mark.parametrize("code", [IMPORT, USE])
-def test_import_takes_little_time(code: str) -> None:
-    # The smallest of several runs: a busy machine, or the first run, which compiles, can only add time.
-    runs = [own_times(code) for _ in range(4)]
-    milliseconds = [sum(us for name, us in times.items() if name.split(".")[0] == "leyden") / 1000 for times in runs]
-    assert min(milliseconds) < BUDGET_MS, f"leyden's own modules took {milliseconds} ms"
+def test_import_loads_few_modules() -> None:
+    loaded = {name for name in own_times(USE) if name.split(".")[0] == "leyden"}
+    assert len(loaded) <= MOST_MODULES, f"{len(loaded)} modules of leyden are imported at once: {sorted(loaded)}"
+    assert not {name for name in loaded if name.startswith("leyden.compiled")}
+
+
+def test_import_leaves_torchs_compiler_alone() -> None:
+    assert "torch._dynamo" not in own_times(USE)  # it takes longer than all of leyden
 
 
 def test_import_alone_loads_next_to_nothing() -> None:

@@ -262,7 +262,7 @@ class _Case:
             yield self.run.compiled.line()
         elif self.settings.compile:
             when = "if that is faster" if self.settings.compile == "auto" else "from the second step on"
-            yield f"compile={self.settings.compile!r}", f"given: the whole step as one graph, {when}"
+            yield f"compile={self.settings.compile!r}", f"given: the whole step as one graph if it can be one, {when}"
 
     def log_dir(self) -> str:
         """Where files go; a number that is still to be taken is left open, for reading it would take it."""
