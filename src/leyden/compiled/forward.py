@@ -23,29 +23,25 @@ class ForwardStep:
     """
 
     def __init__(self, run: Run, compiler: Compiler, shapes: Shapes, give_up: Callable[[str], None]) -> None:
-        self._run = run
         self._compiler = compiler
         self._give_up = give_up
-        self._recorder = Recorder()
+        self._recorder = Recorder(run.module)
         self._eager = run.training_step
         self._shapes = shapes
         self._steps: dict[Shape, Callable[..., Any]] = {}
 
     def __call__(self, *arguments: Any) -> Any:
         """Compute the loss."""
-        attributes, graphs = self._run.module.__dict__, self._compiler.graphs
+        graphs = self._compiler.graphs
         shape = self._shapes.of(arguments[0] if arguments else None)
         if shape not in self._steps:
             self._steps[shape] = self._compiler.compile_in_parts(self._eager)
-        metrics, self._recorder.calls = attributes["_metrics"], []
-        attributes["_metrics"] = None if metrics is None else self._recorder
         start, reason = time.perf_counter(), None
         try:
-            output = self._steps[shape](*arguments)
+            with self._recorder:
+                output = self._steps[shape](*arguments)
         except self._compiler.errors as error:
             reason = reason_of(error)
-        finally:
-            attributes["_metrics"] = metrics
         if reason is not None:
             self._give_up(reason)
             # out here, so that an error of the user's own is not shown as one of torch's
@@ -55,6 +51,5 @@ class ForwardStep:
         if self._compiler.graphs != graphs:
             self._compiler.note_seconds(time.perf_counter() - start)
             self._compiler.look_at_recompilation()
-        for call in self._recorder.calls:
-            metrics.log(*call)
+        self._recorder.pass_on()
         return output

@@ -12,14 +12,37 @@ from torch.nn.utils import get_total_norm
 
 from leyden.compiled.updates import CaptureError, Update
 from leyden.hooks import Hook
+from leyden.module import LightningModule
 from leyden.run import detached, loss_of
 
 
 class Recorder:
-    """Stands where `LightningModule.log` leaves values, while a graph runs: they become outputs of the graph."""
+    """Stands where `LightningModule.log` leaves values, inside of a ``with``: they become outputs of the graph.
 
-    def __init__(self) -> None:
+    Args:
+        module: whose calls of `log` are noted; nothing is where it does not log.
+
+    Attributes:
+        calls: those of the last ``with``.
+    """
+
+    def __init__(self, module: LightningModule) -> None:
+        self._attributes = vars(module)
+        self._metrics: Any = None
         self.calls: list[tuple[Any, ...]] = []
+
+    def __enter__(self) -> None:
+        self._metrics, self.calls = self._attributes["_metrics"], []
+        if self._metrics is not None:
+            self._attributes["_metrics"] = self
+
+    def __exit__(self, *_: object) -> None:
+        self._attributes["_metrics"] = self._metrics
+
+    def pass_on(self) -> None:
+        """Log what was noted."""
+        for call in self.calls:
+            self._metrics.log(*call)
 
     def log(self, name: str, value: Any, *flags: Any) -> None:
         """Note one call of `Metrics.log`."""

@@ -63,7 +63,7 @@ class CompiledStep:
         self._clip = clip
         self._compiler = compiler
         self._on_give_up = on_give_up
-        self._recorder = Recorder()
+        self._recorder = Recorder(run.module)
         self._update: Update | None = None
         self._body: StepBody | None = None
         self._shapes = shapes
@@ -113,26 +113,20 @@ class CompiledStep:
     # A step by a graph
 
     def _call(self, case: Case, batch: Any, batch_idx: int) -> Result:
-        attributes = self._run.module.__dict__
         assert self._update is not None
         if case not in self._graphs:
             self._graphs[case] = self._new_graph()
         if case.last:
             self._update.before_step()
-        metrics, self._recorder.calls = attributes["_metrics"], []
-        attributes["_metrics"] = None if metrics is None else self._recorder
         self._compiler.begin_step()
-        try:
+        with self._recorder:
             return self._graphs[case](batch, batch_idx, case.window, case.first, case.last)
-        finally:
-            attributes["_metrics"] = metrics
 
     def _settle(self, result: Result, case: Case) -> bool:
         """Log and count what was done, as `loop.forward_backward` and `loop.optimizer_step` do."""
         run, progress = self._run, self._run.progress
         self._since += 1
-        for call in self._recorder.calls:
-            run.metrics.log(*call)
+        self._recorder.pass_on()
         run.loss, self.output = result.loss, result.output
         if result.loss is None:
             progress.skipped_batches += 1
@@ -199,25 +193,21 @@ class CompiledStep:
         before.put_back()
         wanted = self._eager(case, batch, batch_idx)
         changed = [name for name, value in constants_of(self._run.module).items() if constants.get(name) != value]
-        if changed:
-            before.put_back()
-            self._body.has_gradient = has_gradient
-            return self._give_up(
-                f"it changes {changed[0]}, and a graph would have to be made for each value. Make it a tensor "
-                "(self.register_buffer), or change it in a hook such as on_train_batch_end",
-                entirely=True,
-            )
         allowed, now = tolerance(self._run), Snapshot(self._run, others, batch, copied=False)
         found = differences(before, got, now, self._run, allowed)
         found.update(_of_values(result, wanted, calls, self._recorder.calls))
         self.largest_difference = max(self.largest_difference or 0.0, *found.values())
         name, ratio = _worst(found, allowed)
-        if not ratio <= 1:  # nan too
+        if changed or not ratio <= 1:  # nan too
             before.put_back()
             self._body.has_gradient = has_gradient
             return self._give_up(
-                f"the first compiled step differs from the eager one: {name} by {found[name]:.1e}, "
-                f"{ratio:.1f} times the tolerance"
+                f"it changes {changed[0]}, and a graph would have to be made for each value. Make it a tensor "
+                "(self.register_buffer), or change it in a hook such as on_train_batch_end"
+                if changed
+                else f"the first compiled step differs from the eager one: {name} by {found[name]:.1e}, "
+                f"{ratio:.1f} times the tolerance",
+                entirely=bool(changed),
             )
         got.put_back()
         self._recorder.calls = calls
@@ -227,15 +217,10 @@ class CompiledStep:
 
     def _eager(self, case: Case, batch: Any, batch_idx: int) -> Result:
         """The same step without a graph, by torch's own optimizer, clipping and loss scaler."""
-        run, attributes = self._run, self._run.module.__dict__
+        run = self._run
         assert run.optimizer is not None
-        metrics, self._recorder.calls = attributes["_metrics"], []
-        attributes["_metrics"] = None if metrics is None else self._recorder
-        try:
-            with run.step_context:
-                output = run.training_step(*(batch, batch_idx)[: run.arity])
-        finally:
-            attributes["_metrics"] = metrics
+        with self._recorder, run.step_context:
+            output = run.training_step(*(batch, batch_idx)[: run.arity])
         loss = loss_of(output)
         if loss is None:
             return Result(None, None, None, [])
