@@ -28,7 +28,7 @@ def present(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Pretend that the machine has the given numbers of devices."""
 
     def pretend(cuda: int = 0, mps: int = 0) -> None:
-        counts = {"cuda": cuda, "mps": mps, "cpu": 1}
+        counts = {"cuda": cuda, "mps": mps, "tpu": 0, "cpu": 1}
         made = {name: replace(kind, count=lambda n=counts[name]: n) for name, kind in ACCELERATORS.items()}  # type: ignore[misc]
         monkeypatch.setattr(device_module, "ACCELERATORS", made)
 
@@ -73,11 +73,11 @@ def test_an_absent_accelerator_is_refused_with_the_reason_and_the_mend(
 
 @pytest.mark.parametrize(
     ("accelerator", "hint"),
-    [("cud", r" Did you mean 'cuda'\?"), ("tpu", ""), (None, ""), (0, ""), ("hpu", ""), (["cpu"], "")],
+    [("cud", r" Did you mean 'cuda'\?"), (None, ""), (0, ""), ("hpu", ""), (["cpu"], "")],
 )
 def test_an_unknown_accelerator_is_refused(accelerator: Any, hint: str, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigurationError, match=rf"accelerator=.* is not valid\. Allowed: 'auto', 'gpu', 'cuda', 'mps', 'cpu'.*{hint}"
+        ConfigurationError, match=rf"accelerator=.* is not valid\. Allowed: 'auto', 'gpu', 'cuda', 'mps', .*'cpu'.*{hint}"
     ):
         leyden.Trainer(accelerator=accelerator, default_root_dir=tmp_path, logger=False)
 
@@ -88,7 +88,8 @@ def test_an_unknown_accelerator_is_refused(accelerator: Any, hint: str, tmp_path
 )
 def test_one_device_in_every_form(devices: Any, index: int, present: Callable[..., None]) -> None:
     present(cuda=3)
-    assert resolve_device("cuda", devices).device == torch.device("cuda", index)
+    choice = resolve_device("cuda", devices, ranks=1 if devices == "auto" else None)
+    assert choice.devices == (torch.device("cuda", index),)
 
 
 def test_all_devices_where_there_is_one(present: Callable[..., None]) -> None:
@@ -98,24 +99,51 @@ def test_all_devices_where_there_is_one(present: Callable[..., None]) -> None:
     assert resolve_device("cpu", -1).device == torch.device("cpu")
 
 
-@pytest.mark.parametrize("devices", [2, "2", -1, "-1", [0, 1], (0, 2), "0,1", "0, 2"])
-def test_several_devices_are_refused_with_the_mend(devices: Any, present: Callable[..., None]) -> None:
+@pytest.mark.parametrize(
+    ("devices", "indices"),
+    [
+        (2, [0, 1]),
+        ("2", [0, 1]),
+        (-1, [0, 1, 2]),
+        ("-1", [0, 1, 2]),
+        ("auto", [0, 1, 2]),
+        ([0, 1], [0, 1]),
+        ((0, 2), [0, 2]),
+        ("0,1", [0, 1]),
+        ("2, 0", [2, 0]),
+    ],
+)
+def test_several_devices_in_every_form(devices: Any, indices: list[int], present: Callable[..., None]) -> None:
     present(cuda=3)
-    with pytest.raises(ConfigurationError, match=r"devices=.* asks for several devices.*Use devices=1\."):
+    choice = resolve_device("cuda", devices)
+    assert choice.devices == tuple(torch.device("cuda", index) for index in indices)
+    assert choice.given == (None if devices == "auto" else len(indices))
+
+
+def test_the_cpu_has_as_many_processes_as_are_asked_for() -> None:
+    assert resolve_device("cpu", 3).devices == (torch.device("cpu"),) * 3
+    assert resolve_device("cpu", "auto").devices == (torch.device("cpu"),)
+    assert resolve_device("cpu", "auto", ranks=4).devices == (torch.device("cpu"),) * 4
+
+
+@pytest.mark.parametrize("devices", [4, "4"])
+def test_more_devices_than_there_are_are_refused(devices: Any, present: Callable[..., None]) -> None:
+    present(cuda=3)
+    with pytest.raises(ConfigurationError, match=r"devices=.* Allowed: 1 to 3, because this machine has so many"):
         resolve_device("cuda", devices)
 
 
 @pytest.mark.parametrize("devices", [0, "0", -2, True, False, 1.0, [], "", "one", "a,b", [True], ["0"], None, {0}])
 def test_other_forms_of_devices_are_refused(devices: Any, present: Callable[..., None]) -> None:
     present(cuda=3)
-    with pytest.raises(ConfigurationError, match=r"devices=.* is not valid\. Allowed: 'auto', 1, or one index as in"):
+    with pytest.raises(ConfigurationError, match=r"devices=.* is not valid\. Allowed: 'auto', a number of devices, -1 for all"):
         resolve_device("cuda", devices)
 
 
-@pytest.mark.parametrize("devices", [[3], [-1], "3,", (7,)])
+@pytest.mark.parametrize("devices", [[3], [-1], "3,", (7,), [0, 0], [0, 3]])
 def test_an_index_that_does_not_exist_is_refused(devices: Any, present: Callable[..., None]) -> None:
     present(cuda=3)
-    with pytest.raises(ConfigurationError, match=r"devices=.* Allowed: an index from 0 to 2 for accelerator 'cuda'"):
+    with pytest.raises(ConfigurationError, match=r"devices=.* Allowed: indices from 0 to 2, each once, for accelerator 'cuda'"):
         resolve_device("cuda", devices)
 
 

@@ -14,6 +14,7 @@ SURFACE = {
         "Trainer",
         "__version__",
         "load_checkpoint",
+        "plan_memory",
         "seed_everything",
     ],
     "leyden.callbacks": [

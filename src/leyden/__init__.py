@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from leyden.checkpoint.format import load_checkpoint as load_checkpoint
     from leyden.datamodule import LightningDataModule as LightningDataModule
     from leyden.module import LightningModule as LightningModule
+    from leyden.planner import plan_memory as plan_memory
     from leyden.seed import seed_everything as seed_everything
     from leyden.trainer import Trainer as Trainer
 
@@ -21,6 +22,7 @@ _PLACES = {
     "LightningModule": "leyden.module",
     "Trainer": "leyden.trainer",
     "load_checkpoint": "leyden.checkpoint.format",
+    "plan_memory": "leyden.planner",
     "seed_everything": "leyden.seed",
 }
 _SUBMODULES = ("callbacks", "loggers", "profilers")
@@ -32,6 +34,7 @@ __all__ = [
     "Trainer",
     "__version__",
     "load_checkpoint",
+    "plan_memory",
     "seed_everything",
 ]
 

@@ -33,6 +33,7 @@ from leyden.settings import Settings
 if TYPE_CHECKING:
     from leyden.profilers import Profiler
     from leyden.sources import Sources
+    from leyden.strategy import Strategy
     from leyden.trainer import Trainer
 
 STEP_OF = {"validation": "validation_step", "test": "test_step", "predict": "predict_step"}
@@ -139,6 +140,7 @@ class Parts:
         device: where steps run.
         move: brings batches there; None if there is nothing to do.
         profiler: what measures; the null profiler wraps nothing.
+        strategy: how ranks share the work.
     """
 
     module: LightningModule
@@ -149,6 +151,7 @@ class Parts:
     device: torch.device
     move: Move | None
     profiler: Profiler
+    strategy: Strategy
 
     def own(self, name: str) -> Any:
         """The module's override of a hook, bound; None if it has none."""
@@ -176,7 +179,7 @@ def make_run(parts: Parts, reload_loaders: Callable[[Run], None]) -> Run:
         scaler=LossScaler(scaler) if scaler is not None else None,
         device=parts.device,
         mode=mode,
-        training_step=module.training_step,
+        training_step=parts.strategy.wrap_training_step(module, module.training_step),
         arity=step_arity(module, "training_step", False),
         optimizer=optimizer,
         handles=[],
@@ -197,7 +200,9 @@ def make_run(parts: Parts, reload_loaders: Callable[[Run], None]) -> Run:
         outlet=outlet,
         reload_loaders=reload_loaders,
         move=parts.move,
+        strategy=parts.strategy,
     )
+    _join_ranks(run, parts)
     own_zero_grad = parts.own("optimizer_zero_grad")
     if optimizer is not None and own_zero_grad is not None:
         run.zero_grad = lambda: own_zero_grad(run.progress.epoch, run.progress.batch, optimizer)
@@ -212,6 +217,17 @@ def make_run(parts: Parts, reload_loaders: Callable[[Run], None]) -> Run:
     profile_run(run, parts.profiler)
     run.account.compiles = settings.compile is not False
     return run
+
+
+def _join_ranks(run: Run, parts: Parts) -> None:
+    """Let the ranks, if there are several, act together."""
+    if parts.strategy.world_size == 1:
+        return
+    run.agreement = parts.resolver.trainer.make_agreement()
+    run.sync_gradients = parts.strategy.gradient_sync()
+    run.agrees_on_skipping = any(
+        not getattr(hook, "__module__", "").startswith("leyden.") for hook in run.hooks.on_train_batch_start
+    )
 
 
 def _choose_mode(parts: Parts, optimizers: Sequence[Optimizer]) -> tuple[Mode, Optimizer | None]:
@@ -244,6 +260,7 @@ def _make_handles(run: Run, optimizers: Sequence[Optimizer]) -> list[LightningOp
             before_step=before_step,
             after_step=run.count_step,
             backward=run.manual_backward,
+            reduce=run.strategy.reduce_gradients if run.agreement is not None and run.mode is Mode.MANUAL else None,
         )
         for each in optimizers
     ]
@@ -390,7 +407,10 @@ def attach_sources(
     run.source = sources.train()
     validation = sources.validation()
     run.validation = make(validation) if validation and any(source.total for source in validation) else None
-    run.schedule = make_schedule(settings, run.source.total, run.schedule) if run.validation is not None else None
+    before = run.schedule
+    run.schedule = make_schedule(settings, run.source.total, before) if run.validation is not None else None
+    if run.agreement is not None and run.schedule is not None and run.schedule is not before:
+        run.schedule.ask = run.agreement.add(run.schedule.owe)
     if run.restored is not None:
         run.source.take_rest(run.restored.data.get("train") or {})
         for source, rest in zip(validation, run.restored.data.get("validation", ()), strict=False):
@@ -419,6 +439,9 @@ def make_schedule(settings: Settings, batches: float, before: ValidationSchedule
     return ValidationSchedule(interval, every)
 
 
-def new_outlet(loggers: Sequence[Any], progress: Progress | None = None) -> Outlet:
-    """Fresh metrics, and counters unless there are some."""
-    return Outlet(loggers, Metrics(), progress or Progress())
+def new_outlet(
+    loggers: Sequence[Any], progress: Progress | None, strategy: Strategy, module: LightningModule | None = None
+) -> Outlet:
+    """Fresh metrics, reduced over the ranks that data is divided over, and counters unless there are some."""
+    gather = strategy.gather_data_ranks if strategy.data_world_size > 1 else None
+    return Outlet(loggers, Metrics(gather, module), progress or Progress())

@@ -41,6 +41,10 @@ class CheckpointError(LeydenError, RuntimeError):
     """A checkpoint that cannot be written, read or applied. Names the file or the key, and the reason."""
 
 
+class RankError(LeydenError, RuntimeError):
+    """A rank that has to end because of another one: it failed first, or never came. Names that rank, and its error if known."""
+
+
 class LeydenWarning(UserWarning):
     """A coded warning. Mute one code with ``warnings.filterwarnings("ignore", message=r"\\[LEY-code\\]")``."""
 

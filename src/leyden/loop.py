@@ -34,11 +34,11 @@ def train(run: Run) -> None:
         ):
             account.data_s += clock() - account.mark
             batch_idx = progress.batch
-            run.is_last_batch = following == 0
-            metrics.begin_batch(batch, batch_idx)
+            run.is_last_batch, run.weight = following == 0, run.source.weight
+            metrics.begin_batch(batch, batch_idx, run.weight)
             if progress.micro_batch == 0:
                 run.window = min(run.accumulate, following + 1)  # the last window of an epoch may be short
-            if hooks.on_train_batch_start and skips_epoch(hooks.on_train_batch_start, batch, batch_idx):
+            if hooks.on_train_batch_start and skips_epoch(run, batch, batch_idx):
                 run.is_last_batch = True
                 run.step_schedulers_after_epoch()
                 break
@@ -87,6 +87,8 @@ def train(run: Run) -> None:
 def forward_backward(run: Run, batch: Any, batch_idx: int) -> Any:
     """Add the gradients of one batch to the window's; return what callbacks get of it."""
     progress, hooks = run.progress, run.hooks
+    if run.sync_gradients is not None:
+        run.sync_gradients(progress.micro_batch + 1 == run.window)
     with run.step_context:
         output = run.training_step(*(batch, batch_idx)[: run.arity])
     loss = loss_of(output)
@@ -97,14 +99,15 @@ def forward_backward(run: Run, batch: Any, batch_idx: int) -> Any:
         run.zero_grad()
     progress.micro_batch += 1
     if loss is None:
+        run.refuse_lone_skip()
         progress.skipped_batches += 1
         progress.skipped_in_window += 1
         run.loss = None
         return None
     if run.window > 1:
         loss = loss / run.window
-    if run.share < 1.0:
-        loss = loss * run.share
+    if run.share * run.weight != 1.0:
+        loss = loss * (run.share * run.weight)
     for hook in hooks.on_before_backward:
         hook(loss)
     run.backward(loss if run.scaler is None else run.scaler.scale(loss))
@@ -165,7 +168,7 @@ def closure_batch(run: Run, batch: Any, batch_idx: int) -> Any:
         run.account.lap("optimizer")
         progress.micro_batch = first
         progress.skipped_in_window, progress.skipped_batches = skipped_before
-        total = None
+        total: Tensor | None = None
         for held_batch, held_idx in batches:
             run.metrics.begin_batch(held_batch, held_idx)
             outputs.append(forward_backward(run, held_batch, held_idx))
@@ -176,7 +179,7 @@ def closure_batch(run: Run, batch: Any, batch_idx: int) -> Any:
             raise StepError(
                 f"training_step returned None, but {type(run.optimizer).__name__} needs a loss in every window. Return a loss."
             )
-        return rescaled(run, total)
+        return run.mean_loss(rescaled(run, total))
 
     run.stepped = False
     if run.own_optimizer_step is not None:
@@ -227,6 +230,8 @@ def step_boundary(run: Run) -> None:
             validate(run)
     if stepped and run.step_schedulers:
         run.step_plateau_schedulers(run.step_schedulers, progress.global_step)
+    if run.agreement is not None and not run.is_last_batch and run.agreement.is_due(progress.total_batches):
+        run.agreement.reach(run)
     # Last, so that a run that goes on from a checkpoint misses nothing of this boundary. After an epoch's last batch its
     # end serves them, so that a checkpoint is of a whole epoch.
     if run.requests and not run.is_last_batch:
@@ -269,6 +274,8 @@ def end_epoch(run: Run) -> None:
     call(run.hooks.on_train_epoch_end)
     run.outlet.send(metrics.publish_epoch(), progress.global_step)
     call(run.hooks.on_train_epoch_end_monitors)
+    if run.agreement is not None:
+        run.agreement.reach(run)
     progress.epoch_ended = run.is_last_batch or not run.stop_reached()
     if progress.epoch_ended:
         run.step_plateau_schedulers(run.epoch_schedulers, progress.epoch + 1)
@@ -285,6 +292,8 @@ def validate(run: Run) -> None:
     evaluate(run.validation)
     report(run.validation)
     run.metrics.enter_batches()
+    if run.agreement is not None:
+        run.agreement.reach(run)
 
 
 def sanity_check(run: Run, check: Evaluation) -> None:
@@ -377,10 +386,11 @@ def note_indices(run: Evaluation, dataloader_idx: int) -> None:
     run.epoch_batch_indices[dataloader_idx].append(run.batch_indices or [])
 
 
-def skips_epoch(hooks: Iterable[Hook], batch: Any, batch_idx: int) -> bool:
+def skips_epoch(run: Run, batch: Any, batch_idx: int) -> bool:
     """Call the hooks before a training batch; whether one of them returned -1, which skips the rest of the epoch."""
-    answers = [hook(batch, batch_idx) for hook in hooks]
-    return any(answer is not None and answer == -1 for answer in answers)
+    answers = [hook(batch, batch_idx) for hook in run.hooks.on_train_batch_start]
+    skips = any(answer is not None and answer == -1 for answer in answers)
+    return run.agreement.any(skips) if run.agreement is not None and run.agrees_on_skipping else skips
 
 
 def rescale_gradients(optimizer: torch.optim.Optimizer, factor: float) -> None:

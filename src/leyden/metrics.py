@@ -1,48 +1,59 @@
 """What `self.log` feeds: sums that live on the device, read once per interval and once per epoch.
 
-Nothing here waits for the device except `to_floats`, which brings any number of values over in one copy.
+Nothing here waits for the device except `to_floats`, which brings any number of values over in one copy, and where there are
+several ranks `over_ranks`, which does the same before it gathers.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Hashable, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from leyden.data.transfer import batch_size_of
 from leyden.errors import MetricError, did_you_mean, warn
-from leyden.series import NAMED_REDUCTIONS, MetricObject, Pack, Reduction, Series, Unpacked, Value, one_number, wide
+from leyden.metric_ranks import copied_states
+from leyden.metrics_state import restore_metric_objects
+from leyden.over_ranks import Combined, Gather, OverRanks
+from leyden.series import (
+    NAMED_REDUCTIONS,
+    MetricObject,
+    Pack,
+    Reduction,
+    Series,
+    Unpacked,
+    Value,
+    calling_function,
+    fork,
+    one_number,
+    same,
+    to_floats,
+)
 
 __all__ = ["Metrics", "Reduction", "Value", "as_tensors", "missing_metric", "to_floats"]
 
 _CPU = torch.device("cpu")
-Key = TypeVar("Key", bound=Hashable)
-
-
-def to_floats(values: Mapping[Key, Value]) -> dict[Key, float]:
-    """Bring values to the host: one copy for each device that holds some."""
-    floats = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
-    by_device: dict[torch.device, list[Key]] = {}
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            by_device.setdefault(value.device, []).append(name)
-    for device, names in by_device.items():
-        stacked = torch.stack([values[name].to(wide(device)) for name in names])  # type: ignore[union-attr]
-        floats.update(zip(names, stacked.tolist(), strict=True))  # tolist() waits for the device, once
-    return {name: float(floats[name]) for name in values}
 
 
 class Metrics:
     """Every series of a run, and what the loop publishes of them.
 
+    Over several ranks everything that is published is reduced over all of them, and equal on all to the last bit; so are the
+    loggers' step values. `step_values`, `publish_epoch` and `evaluation_results` are then collectives: every rank calls
+    them alike, also one that has logged nothing.
+
+    Args:
+        gather: takes one object of each rank that has data of its own, and gives every rank the list of all in rank
+            order; None where there is one process.
+        module: with several ranks, where metric objects are looked for that only some of them have logged.
+
     Attributes:
         published: reduced values by key, as they stay visible in ``trainer.callback_metrics``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gather: Gather | None = None, module: nn.Module | None = None) -> None:
         self.published: dict[str, Value] = {}
         self._prog_bar: dict[str, None] = {}  # an ordered set of the published keys that the bar shows
         self._logged: dict[str, None] = {}  # likewise those that loggers get
@@ -55,6 +66,19 @@ class Metrics:
         self._batch: Any = None
         self._batch_idx = 0
         self._batch_size: int | None = None
+        self._counts = True
+        self._gather, self._module = gather, module
+        self._warned: set[str] = set()
+        self._ranks = self._train_ranks = self._over_ranks()
+        self._agreed: dict[
+            str, tuple[int, Combined, Value]
+        ] = {}  # training's step values over ranks, and as of which stamp
+        self._kept_objects: dict[str, Any] | None = (
+            None  # the metric objects' states before a batch that does not count
+        )
+
+    def _over_ranks(self) -> OverRanks | None:
+        return None if self._gather is None else OverRanks(self._gather, self._module, self._warned)
 
     # The loop says where it is
 
@@ -65,23 +89,44 @@ class Metrics:
 
     def enter_epoch_hooks(self) -> None:
         """From now on hooks are those of an epoch's start or end: they log epoch values."""
+        self._end_batch()
         self._where = "epoch"
         self._default_on_step = False
 
     def leave(self) -> None:
         """From now on nothing may be logged."""
+        self._end_batch()
         self._where = None
         self._batch = None
 
-    def begin_batch(self, batch: Any, batch_idx: int) -> None:
-        """Remember the batch that the values to come belong to: its size is their weight in an epoch's mean."""
+    def begin_batch(self, batch: Any, batch_idx: int, weight: float = 1.0) -> None:
+        """Remember the batch that the values to come belong to: its size is their weight in an epoch's mean.
+
+        Args:
+            batch: on any device.
+            batch_idx: its number in the epoch.
+            weight: 0 for a batch that a rank repeats only to have something to compute while others have more: nothing counts
+                that is logged in it, nor what metric objects in the module are updated with. Any other: it counts.
+        """
+        if self._kept_objects is not None:
+            self._end_batch()
         self._batch = batch
         self._batch_idx = batch_idx
         self._batch_size = None
+        self._counts = weight != 0
+        if not self._counts and self._module is not None:
+            self._kept_objects = copied_states(self._module)
+
+    def _end_batch(self) -> None:
+        self._counts = True
+        if self._kept_objects is not None and self._module is not None:
+            restore_metric_objects(self._module, self._kept_objects)
+            self._kept_objects = None
 
     def begin_evaluation(self) -> None:
         """Open an evaluation; training's unfinished epoch is left as it is."""
         self._active = {}
+        self._ranks = self._over_ranks()
         self._training = False
         self.enter_epoch_hooks()
 
@@ -91,7 +136,9 @@ class Metrics:
 
     def end_evaluation(self) -> None:
         """Close an evaluation and return to training's series."""
+        self._end_batch()
         self._active = self._train
+        self._ranks = self._train_ranks
         self._training = True
         self._dataloader_idx = None
         self._batch = None
@@ -124,6 +171,7 @@ class Metrics:
         reduce_fx: Reduction,
         batch_size: int | None,
         add_dataloader_idx: bool,
+        rank_zero_only: bool = False,
     ) -> None:
         """Take one value under ``name``; `LightningModule.log` documents the arguments."""
         if on_step is None:
@@ -157,12 +205,19 @@ class Metrics:
             value = one_number(name, "the metric", value)
         elif not isinstance(value, (int, float)):
             value = self._number(name, value)
+        if rank_zero_only:
+            series.rank_zero_only = True
         weight = 1.0
         if on_epoch and series.reduction == "mean" and series.metric is None:
             weight = batch_size if batch_size is not None else self._size_of_batch()
+        if not self._counts:
+            return
+        if self._ranks is not None:
+            series.latest_weight = self._weight_among_ranks(batch_size) if on_step else weight
+            series.latest_at = (self._dataloader_idx or 0, self._batch_idx)
         series.add(value, weight)
         if on_step and logger and not self._training:
-            series.history.append((self._dataloader_idx or 0, self._batch_idx, value))
+            series.history.append((self._dataloader_idx or 0, self._batch_idx, value, series.latest_weight))
 
     @staticmethod
     def _number(name: str, value: Any) -> float:
@@ -181,10 +236,16 @@ class Metrics:
             self._batch_size = batch_size_of(self._batch)
         return self._batch_size
 
+    def _weight_among_ranks(self, batch_size: int | None) -> float:
+        try:
+            return batch_size if batch_size is not None else self._size_of_batch()
+        except MetricError:  # nothing in the batch has a size, which a step value does not need in one process
+            return 1.0
+
     def _open(self, name: str, key: str, flags: tuple[Any, ...], value: Any, dataloader_idx: int | None) -> Series:
         if self._where is None:
             raise MetricError(
-                f"self.log({name!r}, …) was called in {_calling_function()}, where nothing can be logged. It can be called in "
+                f"self.log({name!r}, …) was called in {calling_function()}, where nothing can be logged. It can be called in "
                 "training_step, validation_step and test_step, in hooks from on_train_start to on_train_epoch_end, and in those "
                 "of validation and test."
             )
@@ -208,7 +269,7 @@ class Metrics:
                 known.take_up(reduce_fx, value)
             names = ("on_step", "on_epoch", "prog_bar", "logger", "reduce_fx")
             both = zip(names, known.flags, flags, strict=True)
-            changed = [f"{n}={a!r} and {b!r}" for n, a, b in both if not _same(a, b)]
+            changed = [f"{n}={a!r} and {b!r}" for n, a, b in both if not same(a, b)]
             if not changed:
                 known.flags = flags  # the same in other words, such as torch.mean for "mean"
                 return known
@@ -224,30 +285,42 @@ class Metrics:
     # What the loop publishes
 
     def step_values(self) -> dict[str, Value]:
-        """Training's latest values that were logged since the last call, for the loggers."""
-        values = {}
-        for series in self._train.values():
-            if series.fresh and series.on_step and series.logger and series.latest is not None:
-                values[_fork(series, "step")] = series.latest
-                series.fresh = False
+        """Training's latest values that were logged since the last call, for the loggers.
+
+        Over several ranks they are those of the global batch: means weighted by the sizes of its parts; sums, least or
+        greatest values where ``reduce_fx`` says so.
+        """
+        values: dict[str, Value] = {}
+        fresh = {key: one for key, one in self._train.items() if one.fresh and one.on_step}
+        if self._train_ranks is None:
+            for series in fresh.values():
+                if series.logger and series.latest is not None:
+                    values[fork(series, "step")] = series.latest
+                    series.fresh = False
+            return values
+        for series in fresh.values():
+            series.fresh = False
+        for key, one in self._train_ranks.steps(fresh).items():
+            if one.latest is not None:
+                self._agree(key, one, one.latest)
+                if one.logger:
+                    values[fork(one, "step")] = one.latest
         return values
 
     def publish_epoch(self) -> dict[str, Value]:
         """Reduce the active series that ask for it; return those meant for the loggers."""
         for_loggers = {}
-        for series in self._active.values():
-            if series.on_step and series.latest is not None:
-                name = _fork(series, "step")
-                self.published[series.name] = self.published[name] = series.latest
+        for series, latest, value in self._reduced():
+            if series.on_step and latest is not None:
+                name = fork(series, "step")
+                self.published[series.name] = self.published[name] = latest
                 if series.prog_bar and self._training:
                     self._prog_bar[name] = None
                 if series.logger:
                     self._logged[name] = None
-            series.forget_computed()
-            value = series.epoch_value() if series.on_epoch else None
             if value is None:
                 continue
-            name = _fork(series, "epoch")
+            name = fork(series, "epoch")
             self.published[series.name] = self.published[name] = value
             if series.prog_bar:
                 self._prog_bar[name] = None
@@ -256,25 +329,64 @@ class Metrics:
                 for_loggers[name] = value
         return for_loggers
 
+    def _reduced(self, again: bool = True) -> Iterator[tuple[Series | Combined, Value | None, Value | None]]:
+        """What is open, with the latest value and that of the epoch.
+
+        Args:
+            again: whether to ask metric objects anew that may have been updated without being logged.
+        """
+        if self._ranks is not None:
+            for key, one in self._ranks.reduce(self._active, again).items():
+                if one.latest is not None and self._training:
+                    self._agree(key, one, one.latest)
+                yield one, one.latest, one.epoch
+            return
+        for series in self._active.values():
+            if again:
+                series.forget_computed()
+            yield series, series.latest, series.epoch_value() if series.on_epoch else None
+
+    def _agree(self, key: str, one: Combined, value: Value) -> None:
+        series = self._train.get(key)
+        self._agreed[key] = (0 if series is None else series.stamp, one, value)
+
+    def _steps_now(self) -> Iterator[tuple[Series | Combined, Value]]:
+        """Training's step values: over all ranks where they have been agreed on, else this rank's, which are newer."""
+        for key, series in self._train.items():
+            if series.on_step and series.latest is not None:
+                stamp, _, value = self._agreed.get(key, (-1, None, series.latest))
+                yield series, value if stamp == series.stamp else series.latest
+        for key, (_, one, value) in self._agreed.items():
+            if key not in self._train or self._train[key].latest is None:
+                yield one, value
+
     def evaluation_history(self) -> list[tuple[int, dict[str, float]]]:
-        """The step values of an evaluation, by loader and batch, for the loggers; all are read at once."""
-        values = {
-            (loader, batch_idx, _fork(series, "step")): value
-            for series in self._active.values()
-            for loader, batch_idx, value in series.history
-        }
+        """The step values of an evaluation, by loader and batch, for the loggers; all are read at once.
+
+        Over several ranks they are those of the global batches, as of the last `publish_epoch`; no rank waits for another here.
+        """
+        if self._ranks is not None:
+            combined = self._ranks.combined.values()
+            numbers = {(*at, fork(one, "step")): number for one in combined for at, number in one.history.items()}
+        else:
+            numbers = to_floats(
+                {
+                    (loader, batch_idx, fork(series, "step")): value
+                    for series in self._active.values()
+                    for loader, batch_idx, value, _ in series.history
+                }
+            )
         rows: dict[tuple[int, int], dict[str, float]] = {}
-        for (loader, batch_idx, name), number in to_floats(values).items():
+        for (loader, batch_idx, name), number in numbers.items():
             rows.setdefault((loader, batch_idx), {})[name] = number
         return [(batch_idx, rows[loader, batch_idx]) for loader, batch_idx in sorted(rows)]
 
     def evaluation_results(self, dataloaders: int) -> list[dict[str, float]]:
         """The reduced values of an evaluation as plain numbers, one dict per loader."""
         rows: list[dict[str, Value]] = [{} for _ in range(dataloaders)]
-        for series in self._active.values():
-            value = series.epoch_value() if series.on_epoch else None
+        for series, _, value in self._reduced(again=False):
             if value is not None:
-                rows[series.dataloader_idx or 0][_fork(series, "epoch")] = value
+                rows[series.dataloader_idx or 0][fork(series, "epoch")] = value
         return [to_floats(row) for row in rows]
 
     def reset(self) -> None:
@@ -284,6 +396,10 @@ class Metrics:
             if series.metric is not None:
                 series.metric.reset()
         self._active.clear()
+        if self._ranks is not None:
+            self._ranks.close()
+            if self._training:
+                self._agreed.clear()
         if lost:
             warn(
                 "metric-not-restored",
@@ -336,6 +452,9 @@ class Metrics:
         self._prog_bar = dict.fromkeys(state["prog_bar"])
         self._logged = dict.fromkeys(state["logged"])
         self._train.clear()
+        self._agreed.clear()
+        if self._train_ranks is not None:
+            self._train_ranks.forget()
         for each in state["series"]:
             self._train[each["name"]] = Series.restored(each, unpacked, module)
 
@@ -345,47 +464,26 @@ class Metrics:
         """Every value: reduced ones as published, step values as they are now."""
         values = dict(self.published)
         epoch_is_published = self._training and self._where == "epoch"
-        for series in self._train.values():
-            if series.on_step and series.latest is not None and not (series.on_epoch and epoch_is_published):
-                values[series.name] = values[_fork(series, "step")] = series.latest
+        for series, latest in self._steps_now():
+            if not (series.on_epoch and epoch_is_published):
+                values[series.name] = values[fork(series, "step")] = latest
         return values
 
     def logger_values(self) -> dict[str, Value]:
         """The values that loggers are given, each as it is now; nothing waits for the device."""
         values = {name: self.published[name] for name in self._logged}
-        for series in self._train.values():
-            if series.logger and series.on_step and series.latest is not None:
-                values[_fork(series, "step")] = series.latest
+        for series, latest in self._steps_now():
+            if series.logger:
+                values[fork(series, "step")] = latest
         return values
 
     def progress_bar_values(self) -> dict[str, float]:
         """The values that were logged with ``prog_bar=True``, as numbers; this waits for the device."""
         values = {name: self.published[name] for name in self._prog_bar if name in self.published}
-        for series in self._train.values():
-            if series.prog_bar and series.on_step and series.latest is not None:
-                values[_fork(series, "step")] = series.latest
+        for series, latest in self._steps_now():
+            if series.prog_bar:
+                values[fork(series, "step")] = latest
         return to_floats(values)
-
-
-def _same(first: Any, second: Any) -> bool:
-    # A lambda written in the call is a new object at each step, of the same code.
-    first, second = NAMED_REDUCTIONS.get(first, first), NAMED_REDUCTIONS.get(second, second)
-    return first == second or getattr(first, "__code__", first) is getattr(second, "__code__", second)
-
-
-def _calling_function() -> str:
-    frame = sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("leyden."):
-        frame = frame.f_back
-    return frame.f_code.co_name
-
-
-def _fork(series: Series, ending: str) -> str:
-    """The key under which a series' step or epoch value is shown: with an ending only if there are both."""
-    if not (series.on_step and series.on_epoch):
-        return series.name
-    name, slash, loader = series.name.partition("/dataloader_idx_")
-    return f"{name}_{ending}{slash}{loader}"
 
 
 def as_tensors(values: Mapping[str, Value]) -> dict[str, Tensor]:

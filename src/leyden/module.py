@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from leyden.data.transfer import move_to_device
 from leyden.errors import ConfigurationError, LeydenError, StepError, warn
 from leyden.hparams import AttributeDict, Hyperparameters, load_module
-from leyden.module_hooks import ModuleHooks
+from leyden.module_ranks import ModuleRanks
 from leyden.optimizers import LightningOptimizer, Toggle, clip_gradients
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from leyden.trainer import Trainer
 
 
-class LightningModule(ModuleHooks):
+class LightningModule(ModuleRanks):
     """A model, or a system of models, with what one step computes and which optimizers it needs.
 
     Write `training_step` and `configure_optimizers`; `validation_step`, `test_step` and `predict_step` as needed.
@@ -207,8 +207,7 @@ class LightningModule(ModuleHooks):
             return
         run = self._running()
         plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        if run.scaler is not None:
-            run.scaler.unscale(plain)
+        run.bring_to_size(plain)
         clip_gradients(plain, gradient_clip_val, gradient_clip_algorithm or "norm")
 
     def toggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
@@ -265,12 +264,12 @@ class LightningModule(ModuleHooks):
             on_epoch: reduce over the epoch, under ``name`` or ``name_epoch``. Default: everywhere else.
             reduce_fx: "mean" (weighted by batch size), "sum", "min", "max", or a function of the stacked values.
             enable_graph: accepted for compatibility; values are always detached.
-            sync_dist: accepted for compatibility; epoch values are always reduced over all processes.
+            sync_dist: accepted for compatibility; what is shown and logged is always reduced over all processes.
             sync_dist_group: accepted for compatibility.
             add_dataloader_idx: with several loaders, end the key in ``/dataloader_idx_N``; False mixes them.
             batch_size: the weight in the mean. Default: the size of dimension 0 of the batch's first tensor.
             metric_attribute: accepted for compatibility.
-            rank_zero_only: accepted for compatibility.
+            rank_zero_only: only what the first process logs counts. Without it, all that log the key do.
 
         Raises:
             MetricError: if the value is not one number, or the same key is logged with different arguments.
@@ -280,9 +279,8 @@ class LightningModule(ModuleHooks):
             if self._trainer is None:
                 warn("log-without-trainer", f"self.log({name!r}, …) has no effect: the module is not run by a Trainer.")
             return
-        metrics.log(
-            name, value, on_step, on_epoch, prog_bar, logger is not False, reduce_fx, batch_size, add_dataloader_idx
-        )
+        more = (batch_size, add_dataloader_idx, rank_zero_only)
+        metrics.log(name, value, on_step, on_epoch, prog_bar, logger is not False, reduce_fx, *more)
 
     def log_dict(self, dictionary: Mapping[str, Any], **kwargs: Any) -> None:
         """Log every item of ``dictionary``; the other arguments are those of `log`."""
@@ -475,14 +473,6 @@ class LightningModule(ModuleHooks):
     def on_gpu(self) -> bool:
         """Whether the module is on a CUDA device."""
         return self.device.type == "cuda"
-
-    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
-        """Return the tensors of all processes, stacked in a new first dimension."""
-        if isinstance(data, Mapping):
-            return {key: self.all_gather(value) for key, value in data.items()}
-        if isinstance(data, (list, tuple)):
-            return type(data)(self.all_gather(value) for value in data)
-        return self.trainer.strategy.all_gather(data) if isinstance(data, Tensor) else data
 
     def _running(self) -> Run:
         if self._run is None:

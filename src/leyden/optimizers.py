@@ -240,6 +240,7 @@ class LightningOptimizer:
         before_step: Sequence[Callable[[Optimizer], Any]],
         after_step: Callable[[bool], None],
         backward: Callable[..., None],
+        reduce: Callable[[Optimizer], None] | None = None,
     ) -> None:
         self.optimizer = optimizer
         self._others = others
@@ -247,6 +248,7 @@ class LightningOptimizer:
         self._before_step = before_step
         self._after_step = after_step
         self._backward = backward
+        self._reduce = reduce  # averages gradients over ranks; what is averaged already stays as it is
         self._needs_closure = needs_closure(optimizer)
         self._accumulated = 0
 
@@ -285,6 +287,7 @@ class LightningOptimizer:
             loss = closure()
             if has_gradients(self.optimizer):
                 found = True
+                self.unscale()
                 for hook in self._before_step:
                     hook(self.optimizer)
             return loss
@@ -310,7 +313,9 @@ class LightningOptimizer:
             self._scaler.forget(self.optimizer)
 
     def unscale(self) -> None:
-        """Under fp16 autocast, bring the gradients to their real size, once per step; else do nothing."""
+        """Bring the gradients to their real size: averaged over ranks and, under fp16 autocast, unscaled once per step."""
+        if self._reduce is not None:
+            self._reduce(self.optimizer)
         if self._scaler is not None:
             self._scaler.unscale(self.optimizer)
 

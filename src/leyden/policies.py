@@ -48,6 +48,11 @@ def apply_policies(run: Run, settings: Settings, trainer: Trainer, callbacks: Se
             _refuse_without_checkpoints(trainer)
         run.guard = FiniteGuard(run, settings.nan_policy, partial(roll_back, run, trainer, callbacks))
     if settings.oom_policy == "halve":
+        if run.agreement is not None:
+            raise ConfigurationError(
+                f"oom_policy='halve' is for one process, and there are {run.strategy.world_size}: a rank that trains on its "
+                "batch in parts would leave the others waiting. Use a smaller batch with accumulate_grad_batches."
+            )
         _refuse_without_steps_of_the_loop("oom_policy", "halve", run, allowed="raise")
         run.halving = Halving(run)
 
@@ -158,7 +163,7 @@ class FiniteGuard:
         Raises:
             NonFiniteError: naming the loss, or the first gradient by its parameter.
         """
-        if (found := self._find(optimizer)) is not None:
+        if (found := self._found_anywhere(optimizer)) is not None:
             self._raise(found, 0)
 
     def drops(self, optimizer: Optimizer, batches: int) -> bool:
@@ -168,12 +173,20 @@ class FiniteGuard:
             optimizer: with the gradients of a window.
             batches: of how many batches.
         """
-        found = self._find(optimizer)
+        found = self._found_anywhere(optimizer)
         if found is None:
             self._run.progress.dropped_in_a_row = 0
             return False
         self._answer(found, batches)
         return True
+
+    def _found_anywhere(self, optimizer: Optimizer) -> str | None:
+        """What is not finite on any rank: all of them do the same about it."""
+        found, run = self._find(optimizer), self._run
+        if run.agreement is None or not run.agreement.any(found is not None):
+            return found
+        all_found = enumerate(run.strategy.gather_objects(found))
+        return next(f"On rank {rank}: {what}" for rank, what in all_found if what is not None)
 
     def _find(self, optimizer: Optimizer) -> str | None:
         losses = list(self._losses)
@@ -246,7 +259,10 @@ def roll_back(run: Run, trainer: Trainer, callbacks: Sequence[Callback], found: 
     """
     await_writes(trainer)
     progress, before = run.progress, run.progress.global_step
-    path, checkpoint = _newest_checkpoint(trainer)
+    path, checkpoint = _newest_checkpoint(trainer) if trainer.is_global_zero else (None, {})
+    path = run.strategy.broadcast(path)
+    if path is not None and not checkpoint:
+        checkpoint = load_checkpoint(path)
     if path is None:
         raise NonFiniteError(
             f"{found} nan_policy='rollback': this training has written no checkpoint yet that it could go back to. Save "

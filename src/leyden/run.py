@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from leyden.account import TimeAccount
+from leyden.agreement import Agreement
 from leyden.data.generators import set_generator_states
 from leyden.data.loader import Move, Source
 from leyden.errors import ConfigurationError, StepError
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from leyden.loggers import Logger
     from leyden.module import LightningModule
     from leyden.policies import FiniteGuard
+    from leyden.strategy import Strategy
 
 
 class Mode(enum.Enum):
@@ -138,11 +140,13 @@ class ValidationSchedule:
         every_n_batches: training batches between validations; inf means at each epoch's end only.
         every_n_epochs: which epochs; None counts ``every_n_batches`` across epochs.
         every: a duration instead of a number of batches.
+        ask: asks all ranks to owe a validation, because their clocks differ; None if there is one.
     """
 
     every_n_batches: float
     every_n_epochs: int | None
     every: timedelta | None = None
+    ask: Callable[[], None] | None = None
     last: float = field(default_factory=time.monotonic)
     owed: bool = False
 
@@ -150,13 +154,17 @@ class ValidationSchedule:
         """Count a batch; a validation that falls into a window of accumulated batches is owed until its end."""
         if self.every is not None:
             if time.monotonic() - self.last >= self.every.total_seconds():
-                self.owed = True
+                (self.ask or self.owe)()
             return
         if self.every_n_epochs is None:
             self.owed = self.owed or progress.total_batches % self.every_n_batches == 0
         elif (progress.epoch + 1) % self.every_n_epochs == 0:
             at_end = self.every_n_batches == math.inf
             self.owed = self.owed or (epoch_is_over if at_end else progress.batch % self.every_n_batches == 0)
+
+    def owe(self) -> None:
+        """Validate at the next step boundary."""
+        self.owed = True
 
     def pay(self) -> bool:
         """Whether a validation is owed; it is not any more."""
@@ -175,12 +183,14 @@ class Restored:
         metrics: training's unfinished series and the published values; None if the file has none.
         data: where the loaders stood: ``position`` in the middle of an epoch, ``train`` between two, ``validation``.
         generators: finds the random generators that the user's objects own.
+        then: called afterwards by all ranks, or None.
     """
 
     random_state: dict[str, Any]
     metrics: dict[str, Any] | None
     data: dict[str, Any]
     generators: Callable[[], dict[str, Any]] = dict
+    then: Callable[[], None] | None = None
 
 
 @dataclass
@@ -202,6 +212,7 @@ class Run:
         accumulate: batches per step.
         window: batches in the present window: ``accumulate``, or fewer at an epoch's end.
         share: of its batch's samples that is in what is trained on now: below 1 if ``oom_policy`` has split the batch.
+        weight: of this rank's batch, where ranks have parts of different size of one global batch; else 1.
         guard: does what ``nan_policy`` says, or None.
         halving: does what ``oom_policy`` says, or None.
         compiled: takes whole steps as graphs, or None.
@@ -209,6 +220,10 @@ class Run:
         restored: what of the checkpoint that the run goes on from waits until training begins.
         run_id: a name of this training; a run that goes on from a checkpoint takes its name over.
         account: of where the time goes.
+        strategy: how ranks share the work.
+        agreement: what ranks ask of each other at step boundaries; None if there is one rank.
+        sync_gradients: told before each micro-batch whether it is its window's last, so that gradients are reduced once; or None.
+        agrees_on_skipping: whether somebody may end an epoch from `on_train_batch_start`, which all ranks must do together.
     """
 
     module: LightningModule
@@ -242,11 +257,13 @@ class Run:
     outlet: Outlet
     reload_loaders: Callable[[Run], None]
     move: Move | None
+    strategy: Strategy
     source: Source = field(init=False)
     validation: Evaluation | None = None
     schedule: ValidationSchedule | None = None
     window: int = 1
     share: float = 1.0
+    weight: float = 1.0
     guard: FiniteGuard | None = None
     halving: Halving | None = None
     compiled: Compilation | MeasuredCompilation | None = None
@@ -258,6 +275,9 @@ class Run:
     should_stop: bool = False
     requests: list[Callable[[], None]] = field(default_factory=list)
     kernels: list[KernelChoice] = field(default_factory=list)
+    agreement: Agreement | None = None
+    sync_gradients: Callable[[bool], None] | None = None
+    agrees_on_skipping: bool = False
     restored: Restored | None = None
     run_id: str = field(default_factory=lambda: secrets.token_hex(8))
     account: TimeAccount = field(init=False)
@@ -299,7 +319,39 @@ class Run:
                 restore_metrics(self.metrics, self.module, self.restored.metrics, self.device)
             restore_random_state(self.restored.random_state, self.device)
             set_generator_states(self.restored.generators(), self.restored.random_state.get("own", {}))
+            if self.restored.then is not None:
+                self.restored.then()
             self.restored = None
+
+    # Several ranks
+
+    def wish_stop(self, stop: bool) -> None:
+        """Ask for the end of training, which several ranks must agree on; or withdraw it, which all of them do."""
+        if self.agreement is None or not stop:
+            self.should_stop = stop
+        if self.agreement is not None:
+            self.agreement.stop_wished = stop
+
+    def stop_wished(self) -> bool:
+        """Whether this rank has asked for the end, and the others do not know yet."""
+        return self.agreement is not None and self.agreement.stop_wished
+
+    def mean_loss(self, loss: Tensor | None) -> Tensor | None:
+        """The loss for an optimizer that looks at it: the mean over ranks, so that all take the same step."""
+        return loss if loss is None or self.agreement is None else self.strategy.reduce(loss)
+
+    def refuse_lone_skip(self) -> None:
+        """Raise where a rank would skip its batch while others wait for its gradients.
+
+        Raises:
+            StepError: if there are several ranks.
+        """
+        if self.agreement is not None:
+            raise StepError(
+                f"training_step returned None on rank {self.strategy.global_rank} of {self.strategy.world_size}, in "
+                f"{self.progress.where()}. One rank alone cannot skip a batch, because the others wait for its gradients. Return "
+                "a loss of zero that depends on the parameters, such as 0.0 * the loss."
+            )
 
     # Optimization
 
@@ -320,6 +372,12 @@ class Run:
         for hook in self.hooks.on_after_backward:
             hook()
 
+    def bring_to_size(self, optimizer: Optimizer) -> None:
+        """Make an optimizer's gradients what it will step with: averaged over ranks, and unscaled."""
+        for handle in self.handles:
+            if handle.optimizer is optimizer:
+                handle.unscale()
+
     def step_schedulers_after_step(self) -> None:
         """Step the schedulers that count steps."""
         for config in self.step_schedulers:
@@ -339,7 +397,8 @@ class Run:
                 continue
             values = self.metrics.callback_values()
             if config.monitor in values:
-                self._step_scheduler(config, values[config.monitor])
+                # values of single steps are each rank's own
+                self._step_scheduler(config, self.strategy.broadcast(values[config.monitor]))
             elif config.strict:
                 raise missing_metric("ReduceLROnPlateau", str(config.monitor), values)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+import itertools
+import sys
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +13,15 @@ from torch import Tensor, nn
 from leyden.errors import MetricError
 
 Value = Tensor | float
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
 Reduction = str | Callable[[Tensor], Tensor]
 
 NAMED_REDUCTIONS: dict[Any, str] = {
     "mean": "mean", "avg": "mean", torch.mean: "mean", "sum": "sum", torch.sum: "sum",
     "min": "min", torch.min: "min", torch.amin: "min", "max": "max", torch.max: "max", torch.amax: "max",
 }  # fmt: skip
+_STAMPS = itertools.count(1)
 _COMPACT_AT = 64
 """Tensors held before they are summed: few small kernels instead of two per step, and bounded memory."""
 
@@ -55,7 +60,13 @@ class Series:
         self.waits_for_metric = False  # restored, and the module does not have the object under a name
         self.latest: Value | None = None
         self.fresh = False  # logged since the last flush
-        self.history: list[tuple[int, int, Value]] = []  # (loader, batch, value), for evaluation's step values
+        self.history: list[
+            tuple[int, int, Value, float]
+        ] = []  # (loader, batch, value, weight): evaluation's step values
+        self.rank_zero_only = False
+        self.latest_weight = 1.0  # this and the next are kept up to date where there are several ranks
+        self.latest_at = (0, 0)  # loader, batch
+        self.stamp = 0  # another number after each value
         self._epoch_value: Value | None = None
         self._updates: int | None = None
         self._pending: list[Tensor] = []
@@ -67,6 +78,7 @@ class Series:
         """Take one value; ``weight`` matters for means only."""
         self.latest = value
         self.fresh = True
+        self.stamp = next(_STAMPS)
         self._epoch_value = None
         if not self.on_epoch or self.metric is not None:
             return
@@ -99,6 +111,14 @@ class Series:
             return None  # nothing was logged, or of empty batches only
         value = self._total / self._weight if self.reduction == "mean" else self._total
         return value.to(torch.get_default_dtype()) if isinstance(value, Tensor) else value
+
+    def held(self) -> tuple[Value | None, float, list[Tensor]]:
+        """What the epoch's value is reduced from: the total, its weight, and for a function all values instead."""
+        if self.metric is not None or not self.on_epoch:
+            return None, 0.0, []
+        if isinstance(self.reduction, str):
+            self._compact()
+        return self._total, self._weight, self._pending
 
     def forget_computed(self) -> None:
         """Ask a metric object again, unless its count of updates says that no hook has updated it without logging it."""
@@ -139,6 +159,7 @@ class Series:
             "weights": list(self._weights) if self.reduction == "mean" else [],
             "total": pack.add(self._total),
             "weight": self._weight,
+            "rank_zero_only": self.rank_zero_only,
         }
 
     @classmethod
@@ -151,8 +172,10 @@ class Series:
         series._pending = unpacked.values(state["pending"])
         series._weights = list(state["weights"]) or [1.0] * len(series._pending)  # others than means do not read them
         series._total, series._weight = unpacked.value(state["total"]), state["weight"]
+        series.rank_zero_only = state.get("rank_zero_only", False)
+        series.stamp = next(_STAMPS)
         if state["metric"] is not None:
-            found = _part(module, state["metric"])
+            found = submodule(module, state["metric"])
             series.metric = found if isinstance(found, MetricObject) else None
             series.waits_for_metric = series.metric is None
         if series.lost:
@@ -186,10 +209,10 @@ class Series:
             for value, weight in zip(self._pending, self._weights, strict=True):
                 groups.setdefault(weight, []).append(value)
             for weight, values in groups.items():
-                self._merge(torch.stack(values).to(dtype).sum() * weight, weight * len(values))
+                self._merge(_stacked(values, dtype).sum() * weight, weight * len(values))
         else:
             reduce: Callable[[Tensor], Tensor] = getattr(torch, str(self.reduction))
-            self._merge(reduce(torch.stack(self._pending).to(dtype)), 0.0)
+            self._merge(reduce(_stacked(self._pending, dtype)), 0.0)
         self._pending.clear()
         self._weights.clear()
 
@@ -204,6 +227,19 @@ class Series:
             self._total = pick(torch.as_tensor(self._total), torch.as_tensor(part))
         else:
             self._total = min(self._total, part) if self.reduction == "min" else max(self._total, part)
+
+
+def to_floats(values: Mapping[Key, Value]) -> dict[Key, float]:
+    """Bring values to the host: one copy for each device that holds some."""
+    floats = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+    by_device: dict[torch.device, list[Key]] = {}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            by_device.setdefault(value.device, []).append(name)
+    for device, names in by_device.items():
+        stacked = torch.stack([values[name].to(wide(device)) for name in names])  # type: ignore[union-attr]
+        floats.update(zip(names, stacked.tolist(), strict=True))  # tolist() waits for the device, once
+    return {name: float(floats[name]) for name in values}
 
 
 def one_number(name: str, source: str, value: Any) -> Value:
@@ -223,12 +259,48 @@ def one_number(name: str, source: str, value: Any) -> Value:
     )
 
 
+def _stacked(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    if all(value.dtype is values[0].dtype for value in values):
+        return torch.stack(list(values)).to(dtype)
+    return torch.stack([value.to(dtype) for value in values])  # stacking half beside int64 would round to half
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two values of an argument of `log` mean the same."""
+    # A lambda written in the call is a new object at each step, of the same code.
+    first, second = NAMED_REDUCTIONS.get(first, first), NAMED_REDUCTIONS.get(second, second)
+    return first == second or getattr(first, "__code__", first) is getattr(second, "__code__", second)
+
+
+def calling_function() -> str:
+    """The name of the function outside of leyden that called."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("leyden."):
+        frame = frame.f_back
+    return frame.f_code.co_name
+
+
+def fork(series: Any, ending: str) -> str:
+    """The key under which a series' step or epoch value is shown: with an ending only if there are both."""
+    if not (series.on_step and series.on_epoch):
+        return str(series.name)
+    name, slash, loader = str(series.name).partition("/dataloader_idx_")
+    return f"{name}_{ending}{slash}{loader}"
+
+
+def interleaved(lists: Sequence[Sequence[Item]]) -> list[Item]:
+    """The first item of each list, then the second of each; a list that is over is passed by."""
+    longest = max(map(len, lists), default=0)
+    return [items[i] for i in range(longest) for items in lists if i < len(items)]
+
+
 def wide(device: torch.device) -> torch.dtype:
     """The dtype that sums are kept in."""
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
-def _part(module: nn.Module | None, name: str) -> nn.Module | None:
+def submodule(module: nn.Module | None, name: str) -> nn.Module | None:
+    """The part of that dotted name; None without a name, or if there is none."""
     if module is None or not name:
         return None
     try:

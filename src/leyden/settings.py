@@ -59,6 +59,7 @@ class Settings:
     sync_batchnorm: bool = False
     reload_dataloaders_every_n_epochs: int = 0
     num_nodes: int = 1
+    max_restarts: int = 0
     profiler: Any = None
     default_root_dir: Any = None
     reasons: list[tuple[str, str]] = field(default_factory=list)
@@ -94,6 +95,7 @@ class Settings:
             ("reload_dataloaders_every_n_epochs", 0, set()),
             ("fast_dev_run", 0, {True, False}),
             ("num_nodes", 1, set()),
+            ("max_restarts", 0, set()),
         ):
             value = getattr(self, name)
             if any(value is item or (type(value) is int and value == item) for item in special):
@@ -101,8 +103,6 @@ class Settings:
             if type(value) is not int or value < least:
                 others = "".join(f" or {item}" for item in sorted(special, key=str))
                 reject(name, value, f"an integer ≥ {least}{others}")
-        if self.num_nodes != 1:
-            reject("num_nodes", self.num_nodes, "1; this version trains on one device")
 
     def _check_switches(self) -> None:
         for name in (
@@ -119,8 +119,6 @@ class Settings:
             reject("deterministic", self.deterministic, "True, False, 'warn' or None")
         if not isinstance(self.default_root_dir, str | os.PathLike | None):
             reject("default_root_dir", self.default_root_dir, "a path, or None for the working directory")
-        if self.sync_batchnorm:
-            reject("sync_batchnorm", True, "False; one device has nothing to synchronise")
 
     def _check_precision(self) -> None:
         plugins = self.plugins if isinstance(self.plugins, (list, tuple)) else [self.plugins]

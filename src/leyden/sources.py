@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from leyden.data.announce import describe_division
 from leyden.data.combined import CombinedLoader
 from leyden.data.loader import Source, make_source, without_shuffle
+from leyden.data.shares import Share
 from leyden.datamodule import LightningDataModule
 from leyden.errors import DataError, warn
 from leyden.hooks import overridden
@@ -17,7 +19,16 @@ from leyden.settings import Settings
 
 
 class Sources:
-    """The loaders of one verb, asked for once and kept until they are to be reloaded."""
+    """The loaders of one verb, asked for once and kept until they are to be reloaded.
+
+    Args:
+        module: whose hooks may give loaders.
+        datamodule: whose hooks go before.
+        passed: what the verb was given, by kind.
+        settings: limits, and whether loaders are divided among ranks.
+        around: what iterators are wrapped in when a profiler watches.
+        share: which of the ranks this one is; None for one process. With it, asking for loaders is a collective.
+    """
 
     def __init__(
         self,
@@ -26,17 +37,20 @@ class Sources:
         passed: dict[str, Any],
         settings: Settings,
         around: Callable[[Iterator[Any]], Iterator[Any]] | None = None,
+        share: Share | None = None,
     ) -> None:
         self.module = module
         self.datamodule = datamodule
         self.passed = passed
         self.settings = settings
         self.around = around
+        self.share = None if share is None or share.of == 1 else share
         self._raw: dict[str, Any] = {}
         self._train: Source | None = None
         self._validation: list[Source] | None = None
         self._validates: bool | None = None
         self._made: list[Source] = []
+        self._described: set[tuple[str, int]] = set()
 
     def has(self, kind: str) -> bool:
         """Whether there is a loader of ``kind``: train, val, test or predict."""
@@ -54,7 +68,7 @@ class Sources:
             limit, limit_name = self.settings.limit_train_batches, "limit_train_batches"
             if self.settings.overfit_batches:
                 limit_name, loader = "overfit_batches", without_shuffle(loader, name)
-            self._train = self._make(loader, name, 1.0 if limit is None else limit, limit_name)
+            self._train = self._make(loader, name, 1.0 if limit is None else limit, limit_name, True)
         return self._train
 
     def validation(self) -> list[Source]:
@@ -100,7 +114,7 @@ class Sources:
         if self.settings.overfit_batches and kind == "val":
             loaders = [without_shuffle(loader, name) for loader in loaders]
             limit_name = "overfit_batches"
-        return [self._make(loader, name, limit, limit_name) for loader in loaders]
+        return [self._make(loader, name, limit, limit_name, number=n) for n, loader in enumerate(loaders)]
 
     def reload(self) -> None:
         """Forget the loaders, so that the hooks are asked again."""
@@ -126,9 +140,23 @@ class Sources:
         assert settings.max_epochs is not None
         return min(limit, sum(math.ceil(batches / accumulate(epoch)) for epoch in range(settings.max_epochs)))
 
-    def _make(self, loader: Any, name: str, limit: int | float, limit_name: str) -> Source:
-        self._made.append(replace(make_source(loader, name, limit, limit_name), around=self.around))
+    def _make(
+        self, loader: Any, name: str, limit: int | float, limit_name: str, training: bool = False, number: int = 0
+    ) -> Source:
+        share, divides = self.share, self.settings.use_distributed_sampler
+        made = make_source(loader, name, limit, limit_name, share, training, divides)
+        if share is not None and (name, number) not in self._described:
+            self._described.add((name, number))
+            self._say(name, describe_division(loader, name, share, training, divides), training and share.rank == 0)
+        self._made.append(replace(made, around=self.around))
         return self._made[-1]
+
+    def _say(self, name: str, division: str, aloud: bool) -> None:
+        """Note a reason for `Trainer.explain`, unless an earlier verb has; and print it where it is said aloud."""
+        if (name, division) not in self.settings.reasons:
+            self.settings.reasons.append((name, division))
+            if aloud:
+                print(f"{name}: {division}.")
 
     def _owner(self, kind: str) -> LightningModule | LightningDataModule | None:
         hook = f"{kind}_dataloader"

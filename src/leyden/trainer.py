@@ -9,18 +9,15 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from leyden import assemble, loop
+from leyden import assemble, loop, ranks
 from leyden.callbacks import BasePredictionWriter, Callback
 from leyden.checkpoint import state
-from leyden.checkpoint.find import find_and_load
 from leyden.checkpoint.writer import Writer
 from leyden.datamodule import LightningDataModule
 from leyden.defaults import default_callbacks, default_loggers, global_switches, is_interactive, with_modules_own
-from leyden.device import resolve_device
 from leyden.errors import LeydenError, call_each
 from leyden.hparams import begin_logs
 from leyden.loggers.logger import resume_loggers
-from leyden.metrics import Metrics
 from leyden.module import LightningModule
 from leyden.policies import advise
 from leyden.precision import default_dtype
@@ -29,8 +26,9 @@ from leyden.profilers.wiring import batches_of, finish, measures
 from leyden.run import Evaluation, Outlet, Run, Status
 from leyden.settings import Settings
 from leyden.sources import Sources
-from leyden.strategy import Strategy, resolve_strategy
-from leyden.trainer_view import TrainerView
+from leyden.strategy import Strategy, find_place, resolve_ranks
+from leyden.strategy.launch import launch
+from leyden.trainer_requests import TrainerRequests
 
 if TYPE_CHECKING:
     from leyden.data.loader import Source
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
     from leyden.loggers import Logger
 
 
-class Trainer(TrainerView):
+class Trainer(TrainerRequests):
     """Runs a `LightningModule`: `fit`, `validate`, `test`, `predict`.
 
     Everything is checked here and raises `ConfigurationError` at once. What can be read of a Trainer is on the page of
@@ -46,9 +44,11 @@ class Trainer(TrainerView):
 
     Args:
         accelerator: "auto", "cpu", "cuda", "mps", or "gpu" for cuda or mps.
-        strategy: "auto", "single_device", or a `Strategy`.
-        devices: "auto", 1, or an index as in [0] or "0,".
-        num_nodes: 1.
+        strategy: "auto", "single_device", "ddp", … or a `Strategy`; see docs/distributed.md.
+        devices: devices of this machine, with a process each: a number, "auto" (every GPU; one process on the CPU), -1, or
+            indices as in [0, 1] or "0,1".
+        num_nodes: machines.
+        max_restarts: how often all processes are started again when one has failed, to go on from the newest checkpoint.
         precision: "32-true" (default), "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed"; 64, 32, 16 and
             "bf16" for short.
         logger: True (default; TensorBoard if installed, else CSV), False, a `Logger`, or several.
@@ -87,8 +87,8 @@ class Trainer(TrainerView):
         oom_policy: "raise", or "halve": train on batches that do not fit in parts. See `leyden.halving.Halving`.
         barebones: turn off everything that is not training, to measure it.
         plugins: a `leyden.precision.Precision` of your own.
-        sync_batchnorm: for several processes.
-        use_distributed_sampler: for several processes.
+        sync_batchnorm: let BatchNorm layers count the samples of all processes.
+        use_distributed_sampler: divide the samples of loaders over the processes (default), where their samplers do not.
         reload_dataloaders_every_n_epochs: ask the loader hooks again every n epochs; 0 never.
         default_root_dir: where logs and checkpoints go; default: the working directory.
 
@@ -103,6 +103,7 @@ class Trainer(TrainerView):
         strategy: str | Strategy = "auto",
         devices: str | int | Sequence[int] = "auto",
         num_nodes: int = 1,
+        max_restarts: int = 0,
         precision: Any = None,
         logger: Logger | Sequence[Logger] | bool | None = None,
         callbacks: Callback | Sequence[Callback] | None = None,
@@ -145,17 +146,16 @@ class Trainer(TrainerView):
     ) -> None:
         given = {name: value for name, value in locals().items() if name in Settings.__dataclass_fields__}
         self._settings = Settings(**given)
-        self._device_choice = resolve_device(accelerator, devices)
-        self.strategy = resolve_strategy(strategy, self._device_choice.device)
+        self._device_choice, self.strategy = resolve_ranks(accelerator, devices, strategy, num_nodes)
         self.profiler = resolve_profiler(profiler)
         self._default_root_dir = os.fspath(default_root_dir) if default_root_dir is not None else os.getcwd()
         self.callbacks = self._active_callbacks = default_callbacks(callbacks, self._settings)
         self.loggers = default_loggers(logger, self._settings, self._default_root_dir)
         self._status = Status()
-        self._outlet: Outlet = assemble.new_outlet(self.loggers)
+        self._outlet: Outlet = assemble.new_outlet(self.loggers, None, self.strategy)
         self._module = self._datamodule = self._sources = self._run = self._evaluation = None
         self._writer = Writer()
-        self.interrupted = False
+        self._requests, self.interrupted = [], False
 
     # The four verbs
 
@@ -181,6 +181,9 @@ class Trainer(TrainerView):
             DataError: if there is nothing to train on.
         """
         assemble.check_fit(assemble.check_module(model))
+        if self.strategy.start_method is not None:
+            launch(self, self.fit, model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+            return
         passed = {"train": train_dataloaders, "val": val_dataloaders}
         with self._running("fit", model, datamodule, passed) as resolver:
             run = self._make_run(model, resolver, ckpt_path)
@@ -219,6 +222,8 @@ class Trainer(TrainerView):
         Returns:
             The epoch's values, one dict for each loader.
         """
+        if self.strategy.start_method is not None:
+            return launch(self, self.validate, model, dataloaders, ckpt_path, verbose, datamodule)
         results: list[dict[str, float]] = []  # of a run that is interrupted at a prompt
         with self._evaluating("validate", model, dataloaders, ckpt_path, datamodule) as evaluation:
             loop.evaluate(evaluation)
@@ -235,6 +240,8 @@ class Trainer(TrainerView):
         datamodule: LightningDataModule | None = None,
     ) -> list[dict[str, float]]:
         """Evaluate `test_step` over the test loaders; arguments and result are those of `validate`."""
+        if self.strategy.start_method is not None:
+            return launch(self, self.test, model, dataloaders, ckpt_path, verbose, datamodule)
         results: list[dict[str, float]] = []  # of a run that is interrupted at a prompt
         with self._evaluating("test", model, dataloaders, ckpt_path, datamodule) as evaluation:
             loop.evaluate(evaluation)
@@ -260,61 +267,25 @@ class Trainer(TrainerView):
             ckpt_path: weights to load first.
 
         Returns:
-            A list of outputs, or a list of such lists if there are several loaders; None if nothing is kept.
+            A list of outputs, or a list of such lists if there are several loaders; None if nothing is kept. Several processes
+            predict a part each, and all of them return the whole, in the order of the data.
         """
+        if self.strategy.start_method is not None:
+            return launch(self, self.predict, model, dataloaders, datamodule, return_predictions, ckpt_path)
         keep = return_predictions is not False
         with self._evaluating("predict", model, dataloaders, ckpt_path, datamodule, keep) as evaluation:
             loop.evaluate(evaluation)
             evaluation.metrics.end_evaluation()
+            if evaluation.predictions is not None:
+                evaluation.predictions = ranks.gather_predictions(self.strategy, evaluation.predictions)
         return self.predictions if keep else None
 
-    # What callbacks may ask for
-
-    def at_step_boundary(self, action: Callable[[], None]) -> None:
-        """Call ``action`` once at the next safe place: between two steps, after the hooks that run now.
-
-        Outside of training it is called at once.
-        """
-        if self._run is not None and self._status.verb == "fit":
-            self._run.requests.append(action)
-        else:
-            action()
-
-    def save_checkpoint(
-        self,
-        filepath: str | os.PathLike[str],
-        weights_only: bool = False,
-        wait: bool = True,
-        then: Sequence[Callable[[], object]] = (),
-    ) -> None:
-        """Write the state of the run, atomically; folders are made.
-
-        Args:
-            filepath: where.
-            weights_only: leave out optimizers, counters and everything else that only training needs.
-            wait: return when the file is on the disk; else as soon as the state is copied, to be written in the background.
-            then: called in order once the file is there, by the thread that wrote it.
-
-        Raises:
-            CheckpointError: naming the key of what cannot be stored.
-        """
-        module = self._module
-        if module is None:
-            raise LeydenError("save_checkpoint: this Trainer has not run a module yet.")
-        with self.profiler.profile("save_checkpoint"), self.time_account.spent_on("checkpoints"):
-            captured = state.capture(self, module, self._datamodule, self._active_callbacks, self._run, weights_only)
-            if self.is_global_zero and wait:
-                self._writer.write(filepath, captured, then)
-            elif self.is_global_zero:
-                self._writer.submit(filepath, captured, then, self._raise_at_boundary)
-        self.strategy.barrier("save_checkpoint")
-
-    def _raise_at_boundary(self) -> None:
-        """Called by the thread in which a write has failed: let the loop raise it."""
-        if self._run is not None:
-            self._run.requests.append(self._writer.check)
-
     # How a verb is set up and taken down
+
+    def find_ranks(self) -> None:
+        """Learn from the environment which process this is, in one that was made from another; for the launcher."""
+        self.strategy.start_method = None
+        self.strategy.settle(replace(self.layout, place=find_place()))
 
     @contextmanager
     def _running(
@@ -326,15 +297,18 @@ class Trainer(TrainerView):
                 f"{verb} was called while this Trainer runs {self._status.verb}. Use a Trainer of its own for it."
             )
         datamodule = assemble.check_data(verb, datamodule, passed)
+        self.strategy.connect()
+        writing = ranks.share_loggers(self.strategy, self.loggers)
         before = {
             name: vars(module)[name] for name in ("_trainer", "_metrics", "_run")
         }  # another Trainer may be running it
         progress = None if verb == "fit" else self._outlet.progress
-        self._outlet = assemble.new_outlet(self.loggers, progress)
+        self._outlet = assemble.new_outlet(writing, progress, self.strategy, module)
         self._module, self._datamodule = module, datamodule
         self._run = None if verb == "fit" else self._run
-        self._evaluation, self.interrupted = None, False
-        self._sources = Sources(module, datamodule, passed, self._settings, batches_of(self.profiler))
+        self._evaluation, self.interrupted, self._requests = None, False, []
+        share = ranks.share_of_data(self.strategy)
+        self._sources = Sources(module, datamodule, passed, self._settings, batches_of(self.profiler), share)
         resolver = self._resolve(module, datamodule)  # a hook that is refused here must not be called in the teardown
         self._status.verb, self._status.stage = verb, None
         outcome, began = "failed", False
@@ -347,9 +321,10 @@ class Trainer(TrainerView):
             outcome = "success"
         except KeyboardInterrupt as interrupt:
             first, outcome, self.interrupted = interrupt, "interrupted", True
+            self.strategy.fail(interrupt)
             self._on_exception(interrupt)
             where = f"epoch {self.current_epoch} after {self.global_step} steps"
-            print(f"\nInterrupted in {where}; nothing half-done was saved.{self._way_on(verb)}")
+            self.print(f"\nInterrupted in {where}; nothing half-done was saved.{self._way_on(verb)}")
             if not is_interactive():
                 raise SystemExit(130) from None  # 128 + SIGINT, what a shell expects
             if not began:
@@ -358,7 +333,10 @@ class Trainer(TrainerView):
             first = exception
             if isinstance(exception, SystemExit):  # somebody's wish, such as a scheduler's, and not a failure
                 outcome, self.interrupted = "interrupted", True
+            other = self.strategy.fail(exception)
             self._on_exception(exception)
+            if other is not None:
+                raise other from None
             raise
         finally:
             self._tear_down(verb, outcome, first)
@@ -376,18 +354,16 @@ class Trainer(TrainerView):
         if measures(self.profiler):
             self.profiler.setup(verb, self.log_dir)
         module.__dict__["_metrics"] = None if self._settings.barebones else self._outlet.metrics
-        if datamodule is not None:
-            datamodule.prepare_data()
-        module.prepare_data()
+        ranks.prepare_data(self.strategy, module, datamodule)
         if datamodule is not None:
             datamodule.setup(verb)
         for callback in self._active_callbacks:
             callback.setup(self, module, verb)
         module.setup(verb)
-        with default_dtype(self._settings.precision.parameter_dtype):
+        with self.strategy.model_context(), default_dtype(self._settings.precision.parameter_dtype):
             module.configure_model()
         self._settings.precision.convert_module(module)
-        module.to(self.device)
+        self.strategy.prepare_module(module, self._settings)
 
     def _on_exception(self, exception: BaseException) -> None:
         module, datamodule = self.lightning_module, self._datamodule
@@ -418,7 +394,7 @@ class Trainer(TrainerView):
             print(note)
 
     def _make_run(self, module: LightningModule, resolver: Resolver, ckpt_path: Any) -> Run:
-        found = find_and_load(ckpt_path, self.checkpoint_callbacks, self._default_root_dir, "fit")
+        found = self._find_checkpoint(ckpt_path, "fit")
         if found is None:
             for callback in self._active_callbacks:
                 callback.start_anew()
@@ -426,11 +402,20 @@ class Trainer(TrainerView):
             state.apply_weights(self, module, self._active_callbacks, *found)
         run = assemble.make_run(self._parts(resolver), lambda run: self._reload(run, resolver))
         self._run = module.__dict__["_run"] = run
+        writing = self._outlet.loggers
         if found is not None:
             state.apply_training(self._active_callbacks, self._datamodule, run, *found)
-            resume_loggers(self.loggers, found[0].get("loggers", ()), run.progress.global_step)
-        begin_logs(self.loggers, module, self._datamodule)
+            resume_loggers(writing, found[0].get("loggers", ()), run.progress.global_step)
+        else:
+            ranks.spread_random_state(self.strategy, self.device)
+        run.run_id = self.strategy.share_run_id(run.run_id)
+        begin_logs(writing, module, self._datamodule)
         return run
+
+    def _find_checkpoint(self, ckpt_path: Any, verb: str, weights_only: bool = False) -> ranks.Found | None:
+        return ranks.find_checkpoint(
+            self.strategy, ckpt_path, self.checkpoint_callbacks, self._default_root_dir, verb, weights_only
+        )
 
     def _sanity_check(self, run: Run, resolver: Resolver) -> None:
         assert self._sources is not None
@@ -439,7 +424,7 @@ class Trainer(TrainerView):
             return  # a run that goes on has been checked, and validates nothing again
         # Metrics of its own, so that no value of it is seen later.
         kept, module = self._outlet, run.module
-        self._outlet = Outlet([], Metrics(), kept.progress)
+        self._outlet = assemble.new_outlet([], kept.progress, self.strategy, module)
         self._status.sanity, module.__dict__["_metrics"] = True, self._outlet.metrics
         loop.call(run.hooks.on_sanity_check_start)
         few = [replace(each, total=each.total if steps == -1 else min(each.total, steps))
@@ -455,7 +440,9 @@ class Trainer(TrainerView):
     def _parts(self, resolver: Resolver) -> assemble.Parts:
         module, settings = self.lightning_module, self._settings
         move = assemble.make_move(module, self._datamodule, self.device, settings.precision)
-        return assemble.Parts(module, resolver, settings, self._status, self._outlet, self.device, move, self.profiler)
+        return assemble.Parts(
+            module, resolver, settings, self._status, self._outlet, self.device, move, self.profiler, self.strategy
+        )
 
     def _reload(self, run: Run, resolver: Resolver) -> None:
         every, epoch = self._settings.reload_dataloaders_every_n_epochs, run.progress.epoch
@@ -482,7 +469,7 @@ class Trainer(TrainerView):
             model, datamodule, ckpt_path = self._ran_last(verb, datamodule, dataloaders is not None, ckpt_path)
         with self._running(verb, assemble.check_module(model), datamodule, {kind: dataloaders}) as resolver:
             weights_only = not state.wanted_by_hooks(model, self._active_callbacks)
-            found = find_and_load(ckpt_path, self.checkpoint_callbacks, self._default_root_dir, verb, weights_only)
+            found = self._find_checkpoint(ckpt_path, verb, weights_only)
             if found is not None:
                 state.apply_weights(self, model, self._active_callbacks, *found)
             assert self._sources is not None

@@ -16,10 +16,12 @@ from leyden.callbacks import Callback, EarlyStopping, GradientAccumulationSchedu
 from leyden.errors import ConfigurationError, LeydenError, reject
 from leyden.metrics import as_tensors
 from leyden.optimizers import SchedulerConfig
+from leyden.strategy.base import Layout
 
 if TYPE_CHECKING:
     from leyden.compiled import Compilation, MeasuredCompilation
     from leyden.datamodule import LightningDataModule
+    from leyden.device import DeviceChoice
     from leyden.loggers import Logger
     from leyden.module import LightningModule
     from leyden.profilers import Profiler
@@ -44,6 +46,7 @@ class TrainerView(ABC):
     profiler: Profiler
     interrupted: bool
     _settings: Settings
+    _device_choice: DeviceChoice
     _default_root_dir: str
     _status: Status
     _outlet: Outlet
@@ -83,12 +86,12 @@ class TrainerView(ABC):
     @property
     def should_stop(self) -> bool:
         """Whether training ends at the next step boundary (once ``min_epochs`` and ``min_steps`` are reached)."""
-        return self._run is not None and self._run.should_stop
+        return self._run is not None and (self._run.should_stop or self._run.stop_wished())
 
     @should_stop.setter
     def should_stop(self, stop: bool) -> None:
         if self._run is not None:
-            self._run.should_stop = stop
+            self._run.wish_stop(stop)
 
     @property
     def training(self) -> bool:
@@ -329,7 +332,7 @@ class TrainerView(ABC):
         callback = self.checkpoint_callback
         if ckpt_path is None and callback is not None and callback.best_model_path:
             ckpt_path = "best"
-            print(f"{verb}() without a model: its best checkpoint is taken, {callback.best_model_path}.")
+            self.print(f"{verb}() without a model: its best checkpoint is taken, {callback.best_model_path}.")
         return self._module, datamodule or (None if has_loaders else self._datamodule), ckpt_path
 
     # Loaders
@@ -451,8 +454,18 @@ class TrainerView(ABC):
 
     @property
     def num_devices(self) -> int:
-        """How many devices this machine trains on."""
-        return 1
+        """How many devices this machine trains on, each by a process of its own."""
+        return len(self._device_choice.devices)
+
+    @property
+    def layout(self) -> Layout:
+        """Which processes there are to be, as far as this machine knows them."""
+        return Layout(self._device_choice.devices, self._settings.num_nodes)
+
+    @property
+    def max_restarts(self) -> int:
+        """How often all processes are started again when one has failed."""
+        return self._settings.max_restarts
 
     @property
     def device(self) -> torch.device:

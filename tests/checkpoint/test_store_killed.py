@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from leyden.checkpoint import copy_checkpoint, link_checkpoint, load_checkpoint, newest, store, write_checkpoint
+from leyden.checkpoint import atomic, copy_checkpoint, link_checkpoint, load_checkpoint, newest, write_checkpoint
 from leyden.checkpoint.store import list_checkpoints
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
@@ -145,7 +145,7 @@ def test_the_temporary_of_a_live_process_stays_and_that_of_a_dead_one_goes(tmp_p
     pytest.importorskip("fcntl")
     if what != "write":
         write_checkpoint(tmp_path / "x.ckpt", {"n": 1})
-        store._swept.clear()
+        atomic._swept.clear()
     with holder(tmp_path, what) as alive, holder(tmp_path, what) as dead:
         for process in (alive, dead):
             assert process.stdout is not None
@@ -173,10 +173,10 @@ def leftover(folder: pathlib.Path, host: str) -> pathlib.Path:
 def test_what_is_left_behind(tmp_path: pathlib.Path) -> None:
     """Only files with our kind of name go; those of another host when they are old, for some disks lock per host."""
     pytest.importorskip("fcntl")
-    ours, theirs, old = (leftover(tmp_path, host) for host in (store._host(), "0" * 8, "1" * 8))
+    ours, theirs, old = (leftover(tmp_path, host) for host in (atomic._host(), "0" * 8, "1" * 8))
     os.utime(old, (time.time() - 7200, time.time() - 7200))
-    (tmp_path / f".last.ckpt.{store._host()}01234567.tmp").symlink_to("nothing.ckpt")
-    others = [tmp_path / name for name in ("x.tmp", ".x.tmp", ".x.0123.tmp", f"x.{store._host()}01234567.tmp")]
+    (tmp_path / f".last.ckpt.{atomic._host()}01234567.tmp").symlink_to("nothing.ckpt")
+    others = [tmp_path / name for name in ("x.tmp", ".x.tmp", ".x.0123.tmp", f"x.{atomic._host()}01234567.tmp")]
     for path in others:
         path.write_bytes(b"")
     write_checkpoint(tmp_path / "x.ckpt", {"n": 1})
@@ -194,10 +194,10 @@ def test_without_locks_nothing_is_deleted_and_writing_works(
         raise OSError(38, "Function not implemented")
 
     if missing == "the module":
-        monkeypatch.setattr(store, "fcntl", None)
+        monkeypatch.setattr(atomic, "fcntl", None)
     else:
         monkeypatch.setattr(fcntl, "flock", refuse)
-    kept = leftover(tmp_path, store._host())
+    kept = leftover(tmp_path, atomic._host())
     write_checkpoint(tmp_path / "x.ckpt", {"n": 1})
     copy_checkpoint(tmp_path / "x.ckpt", tmp_path / "y.ckpt")
     link_checkpoint(tmp_path / "x.ckpt", tmp_path / "z.ckpt")

@@ -186,3 +186,8 @@ class Callback:
         dataloader_idx: int = 0,
     ) -> None:
         """Called after each batch to predict with what `predict_step` returned."""
+
+
+def has_validation(trainer: Trainer) -> bool:
+    """Whether there are batches to validate on."""
+    return any(batches > 0 for batches in trainer.num_val_batches)

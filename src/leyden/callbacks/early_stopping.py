@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from leyden.callbacks.callback import Callback
+from leyden.callbacks.callback import Callback, has_validation
 from leyden.errors import MetricError, did_you_mean, reject, warn
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class EarlyStopping(Callback):
         if self.stopping_reason is not None and self._limits_before and not self._still_holds(self.stopping_reason):
             trainer.should_stop = False
             self.stopping_reason = self.stopping_reason_message = None
-        if self.check_on_train_epoch_end is False and not _has_validation(trainer):
+        if self.check_on_train_epoch_end is False and not has_validation(trainer):
             warn(
                 "early-stopping-idle",
                 f"EarlyStopping(monitor={self.monitor!r}, check_on_train_epoch_end=False) checks after validation, "
@@ -182,7 +182,7 @@ class EarlyStopping(Callback):
         if self.check_on_train_epoch_end is False:
             return
         value = trainer.callback_metrics.get(self.monitor)
-        if self.check_on_train_epoch_end is None and _has_validation(trainer):
+        if self.check_on_train_epoch_end is None and has_validation(trainer):
             to_come = value is None and not self._validated  # as with check_val_every_n_epoch=2
             if self._source == "validation" or to_come:
                 return
@@ -271,7 +271,3 @@ def _same(value: Tensor, before: Tensor | None) -> bool:
     if value is before or before is None:
         return value is before
     return float(value) == float(before) or (math.isnan(float(value)) and math.isnan(float(before)))
-
-
-def _has_validation(trainer: Trainer) -> bool:
-    return any(batches > 0 for batches in trainer.num_val_batches)

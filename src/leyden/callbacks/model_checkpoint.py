@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from leyden.callbacks.callback import Callback
+from leyden.callbacks.callback import Callback, has_validation
 from leyden.callbacks.checkpoint_name import (
     DEFAULT_FILENAME,
     check_names,
@@ -203,11 +203,14 @@ class ModelCheckpoint(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder, if none was given."""
         self._fitting = stage == "fit"
-        if not self._fitting or self.dirpath is not None:
+        if not self._fitting:
             return
-        log_dirs = (logger.log_dir for logger in trainer.loggers)
-        root = next((folder for folder in log_dirs if folder is not None), trainer.default_root_dir)
-        self.dirpath = folder_path(join(root, "checkpoints"))
+        self._ask = trainer.shared_request(partial(self._request, trainer))
+        if self.dirpath is None:
+            log_dirs = (logger.log_dir for logger in trainer.loggers)
+            root = next((folder for folder in log_dirs if folder is not None), trainer.default_root_dir)
+            self.dirpath = folder_path(join(root, "checkpoints"))
+        self.dirpath = trainer.strategy.broadcast(self.dirpath)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget saves that never came, or failed in the background, because of an error."""
@@ -249,14 +252,11 @@ class ModelCheckpoint(Callback):
         step = trainer.global_step
         if step == self._start_step:  # within the first accumulation window
             return
-        if self.every_n_train_steps:
-            due = step % self.every_n_train_steps == 0
-        elif self.train_time_interval is not None:
-            due = time.monotonic() - self._started_s >= self.train_time_interval.total_seconds()
-        else:
-            return
-        if due:
+        every, interval = self.every_n_train_steps, self.train_time_interval
+        if every and step % every == 0:
             self._request(trainer)
+        elif interval is not None and time.monotonic() - self._started_s >= interval.total_seconds():
+            self._ask()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The epoch trigger, by default."""
@@ -268,7 +268,7 @@ class ModelCheckpoint(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The epoch trigger, without validation or if asked for."""
-        if (self.save_on_train_epoch_end or not _has_validation(trainer)) and self._epoch_is_due(trainer):
+        if (self.save_on_train_epoch_end or not has_validation(trainer)) and self._epoch_is_due(trainer):
             self._request(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -280,7 +280,7 @@ class ModelCheckpoint(Callback):
         """Write what was asked for at the very end, in case no step boundary came after it; tell if there is no file."""
         if self._pending is not None:
             self._pending()
-        after_validation = self.every_n_epochs > 0 and not self.save_on_train_epoch_end and _has_validation(trainer)
+        after_validation = self.every_n_epochs > 0 and not self.save_on_train_epoch_end and has_validation(trainer)
         nothing = not self._books.held and self.save_top_k != 0
         trained = trainer.global_step != self._start_step and not trainer.fast_dev_run
         if nothing and trained and after_validation and not self._validated:
@@ -341,10 +341,29 @@ class ModelCheckpoint(Callback):
         trainer.at_step_boundary(save)
 
     def _save(self, trainer: Trainer, epoch: int, last_only: bool) -> None:
-        """Decide, write, and leave what has to wait for the file to those who write it."""
-        metrics = {**trainer.callback_metrics, "epoch": epoch, "step": trainer.global_step}
+        """Decide on rank 0, write, and leave what has to wait for the file to those who write it."""
         self._started_s = time.monotonic()
         self._requested = None
+        before = self._books
+        decision = self._decide(trainer, epoch, last_only) if trainer.is_global_zero else None
+        # the file that is about to be written holds this callback's state, itself included
+        self._books, path = trainer.strategy.broadcast(decision)
+        if path is None and not self.save_last:
+            return
+        self._unsettled.append(before)
+        settle = partial(self._settle, before, self._books, path, self._teller(trainer, path))
+        first = path or self._books.last
+        try:
+            trainer.save_checkpoint(first, self.save_weights_only, wait=not self.background, then=[settle])
+        except BaseException:
+            self._take_back(before)
+            raise
+        if not trainer.is_global_zero:  # which settles it
+            self._unsettled.clear()
+
+    def _decide(self, trainer: Trainer, epoch: int, last_only: bool) -> tuple[Books, str | None]:
+        """What the books say once this checkpoint is written, and where; None if it is not among the best."""
+        metrics = {**trainer.callback_metrics, "epoch": epoch, "step": trainer.global_step}
         before = self._books
         score = None if last_only or self.save_top_k == 0 else self._score(trainer, metrics)
         path, displaced = (None, []) if score is None else self._place(trainer, metrics, score)
@@ -352,25 +371,9 @@ class ModelCheckpoint(Callback):
         history = before.history
         if path is not None and score is not None:
             history = (*(saved for saved in history if saved[1] not in (*displaced, path)), (score, path))
-        # the file that is about to be written holds this callback's state, itself included
-        self._books = replace(
-            self._books,
-            history=history,
-            last=last,
-            step_saved=trainer.global_step,
-            displaced=tuple(old for old in (*displaced, before.last) if old not in ("", path, last)),
-        )
-        if path is None and not self.save_last:
-            return
-        self._unsettled.append(before)
-        settle = partial(self._settle, before, self._books, path, self._teller(trainer, path))
-        try:
-            trainer.save_checkpoint(path or last, self.save_weights_only, wait=not self.background, then=[settle])
-        except BaseException:
-            self._take_back(before)
-            raise
-        if not trainer.is_global_zero:  # which settles it
-            self._unsettled.clear()
+        gone = tuple(old for old in (*displaced, before.last) if old not in ("", path, last))
+        books = replace(self._books, history=history, last=last, step_saved=trainer.global_step, displaced=gone)
+        return books, path
 
     def _settle(self, before: Books, books: Books, path: str | None, tell: Callable[[], None]) -> None:
         """Do what had to wait for the file; called by the thread that wrote it."""
@@ -413,7 +416,7 @@ class ModelCheckpoint(Callback):
             self._books = replace(self._books, current=score)
             return score
         message = missing(f"ModelCheckpoint(monitor={self.monitor!r}) monitors", self.monitor, metrics)
-        if self._validated or not _has_validation(trainer):
+        if self._validated or not has_validation(trainer):
             raise MetricError(message)
         if self.save_top_k == -1:  # all are kept, so this one as well, as the worst
             return float("nan")
@@ -446,7 +449,7 @@ class ModelCheckpoint(Callback):
         self, trainer: Trainer, metrics: Mapping[str, Any], filename: str | None = None, version: int | None = None
     ) -> str:
         """Fill the template; before the first validation, metrics that are not there yet show as ``nan``."""
-        if not self._validated and _has_validation(trainer):
+        if not self._validated and has_validation(trainer):
             template = filename if filename is not None else self.filename or DEFAULT_FILENAME
             metrics = {**dict.fromkeys(keys_of(template), float("nan")), **metrics}
         return self.format_checkpoint_name(metrics, filename, version)
@@ -494,7 +497,3 @@ class ModelCheckpoint(Callback):
 
 def _tensor(score: float) -> Tensor:
     return torch.tensor(score, dtype=torch.float64)
-
-
-def _has_validation(trainer: Trainer) -> bool:
-    return any(n > 0 for n in trainer.num_val_batches)

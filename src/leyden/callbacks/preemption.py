@@ -84,6 +84,7 @@ class Preemption(Callback):
             return
         self._forget()
         self._trainer = trainer
+        self._ask = trainer.shared_request(self._reach_boundary)
         self._pid = os.getpid()
         for name in self.signals:
             number = signal.Signals[name]
@@ -143,13 +144,14 @@ class Preemption(Callback):
         what = "the run ends at the next step boundary" if begun else "the run ends before its first step"
         with contextlib.suppress(OSError):  # print could be in the middle of printing
             os.write(2, f"{self._received}: {what}. A second signal ends it at once.\n".encode())
-        trainer.at_step_boundary(self._reach_boundary)
+        self._ask()
         if not begun:
             self._leave()  # should user code swallow this, the first step boundary follows
 
     def _reach_boundary(self) -> None:
         """Queue behind what others asked for: a save that is due at this boundary is part of the state."""
         assert self._trainer is not None
+        self._received = self._received or "a signal to another rank"
         self._trainer.at_step_boundary(self._leave)
 
     def _leave(self) -> None:

@@ -18,7 +18,7 @@ import json
 import math
 import sys
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO, NoReturn
 
 import torch
@@ -59,6 +59,8 @@ _READ_DTYPES: dict[str, tuple[int, torch.dtype | None]] = {
 }
 _DTYPE_NAMES = {dtype: name for name, (_, dtype) in _READ_DTYPES.items() if dtype is not None}
 _MAX_ELEMENTS = 2**63 - 1  # torch counts elements and strides in 64 bits
+BLOCK_BYTES = 1 << 24
+"""What of a sharded tensor has a checksum of its own."""
 _CHUNK_BYTES = 1 << 24  # per call of a stream: some systems move no more than 2 GB at once
 
 
@@ -112,9 +114,19 @@ class Reader:
         if entry.dtype is None:
             raise CheckpointError(f"the tensor {shown(name)} has the dtype {entry.dtype_name}, which this torch lacks")
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
-        self._stream.seek(self._data + entry.begin)
-        _read_into(self._stream, raw_bytes(tensor))
+        self.read_into(name, raw_bytes(tensor))
         return tensor
+
+    def read_into(self, name: str, memory: memoryview, start: int = 0) -> None:
+        """Fill ``memory`` with a tensor's bytes from ``start`` on.
+
+        Raises:
+            CheckpointError: the file ends too early.
+        """
+        entry = self.entries[name]
+        assert start + len(memory) <= entry.end - entry.begin
+        self._stream.seek(self._data + entry.begin + start)
+        _read_into(self._stream, memory)
 
 
 def write_file(stream: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -165,8 +177,25 @@ def checksum(tensor: Tensor) -> str:
 
     It runs without the interpreter's lock, at 1 to 4 GB/s per core.
     """
-    start = zlib.crc32(f"{_DTYPE_NAMES[tensor.dtype]}{list(tensor.shape)}".encode("ascii"))
-    return f"{zlib.crc32(raw_bytes(tensor), start):08x}"
+    return f"{zlib.crc32(raw_bytes(tensor), _checksum_start(tensor.dtype, tensor.shape)):08x}"
+
+
+def block_checksums(memory: memoryview, dtype: torch.dtype, shape: Sequence[int], first: int = 0) -> list[str]:
+    """Return a CRC-32 as that of `checksum` for each `BLOCK_BYTES` of a tensor, so that a part of it can be verified.
+
+    Args:
+        memory: whole blocks of the tensor's bytes; the last may be shorter.
+        dtype: the tensor's.
+        shape: the tensor's.
+        first: the number of the first of these blocks, which counts as a part of what is summed.
+    """
+    start = _checksum_start(dtype, shape)
+    blocks = enumerate(range(0, len(memory), BLOCK_BYTES), first)
+    return [f"{zlib.crc32(memory[at : at + BLOCK_BYTES], zlib.crc32(b'%d' % i, start)):08x}" for i, at in blocks]
+
+
+def _checksum_start(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    return zlib.crc32(f"{_DTYPE_NAMES[dtype]}{list(shape)}".encode("ascii"))
 
 
 def strict_json(text: str) -> Any:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from leyden.checkpoint import remote
+from leyden.checkpoint.folder import is_sharded
 from leyden.checkpoint.format import About, load_checkpoint, read_about
 from leyden.checkpoint.remote import filesystem, is_remote, local_path
 from leyden.checkpoint.store import exists, join, list_checkpoints
@@ -43,7 +44,12 @@ class _Candidate:
 
 
 def find_and_load(
-    ckpt_path: Any, callbacks: Sequence[ModelCheckpoint], root: str, verb: str, weights_only: bool = False
+    ckpt_path: Any,
+    callbacks: Sequence[ModelCheckpoint],
+    root: str,
+    verb: str,
+    weights_only: bool = False,
+    run_id: str | None = None,
 ) -> tuple[dict[str, Any], str] | None:
     """Load the checkpoint that ``ckpt_path`` means.
 
@@ -54,6 +60,7 @@ def find_and_load(
         root: its ``default_root_dir``.
         verb: what the checkpoint is for.
         weights_only: leave the run's state in the file, unread.
+        run_id: for "last": only those of this training.
 
     Returns:
         The checkpoint and its path; None to go on without: none was asked for, or "last" in `fit` where there is none yet.
@@ -68,7 +75,7 @@ def find_and_load(
         reject("ckpt_path", ckpt_path, _ALLOWED)
     path = os.fspath(ckpt_path)
     if path == "last":
-        return _last(callbacks, root, verb, weights_only)
+        return _last(callbacks, root, verb, weights_only, run_id)
     if path == "best":
         path = next((callback.best_model_path for callback in callbacks if callback.best_model_path), "")
         if not path:
@@ -86,7 +93,7 @@ def find_and_load(
 
 
 def _last(
-    callbacks: Sequence[ModelCheckpoint], root: str, verb: str, weights_only: bool
+    callbacks: Sequence[ModelCheckpoint], root: str, verb: str, weights_only: bool, run_id: str | None
 ) -> tuple[dict[str, Any], str] | None:
     """Load the newest whole one; those that are damaged are passed over loudly, never silently."""
     folders = list(dict.fromkeys(_folders(callbacks, root)))
@@ -95,6 +102,8 @@ def _last(
     for each in _candidates(folders, callbacks):
         if each.about is None:
             damaged.append(each.reason)
+        elif run_id not in (None, each.about.run_id):
+            continue
         elif verb == "fit" and not each.about.resumable:
             passed_over += 1
         else:
@@ -178,7 +187,7 @@ def _check_named(path: str, verb: str) -> None:
     """Refuse what is no file, and say what may have been meant."""
     given = f"{verb}(ckpt_path={path!r})"
     try:
-        if exists(path) and not _is_folder(path):
+        if exists(path) and (not _is_folder(path) or _is_sharded(path)):
             return
     except CheckpointError as error:
         registry = " leyden has no model registry." if re.match(r"hf://|.*-registry://", path) else ""
@@ -231,6 +240,10 @@ def _split(path: str) -> tuple[str, str]:
     return os.path.split(os.fspath(local_path(path)))
 
 
+def _is_sharded(path: str) -> bool:
+    return not is_remote(path) and is_sharded(local_path(path))
+
+
 def _is_folder(path: str) -> bool:
     if not is_remote(path):
         return local_path(path).is_dir()
@@ -239,10 +252,11 @@ def _is_folder(path: str) -> bool:
 
 
 def _names(folder: str, folders: bool) -> list[str]:
-    """The names of what is in a folder: of its folders, or of its files."""
+    """The names of what is in a folder: of its folders, or of its files, which sharded checkpoints count as."""
     if not is_remote(folder):
         here = local_path(folder)
-        return [each.name for each in here.iterdir() if each.is_dir() is folders] if here.is_dir() else []
+        inside = list(here.iterdir()) if here.is_dir() else []
+        return [each.name for each in inside if (each.is_dir() and not is_sharded(each)) is folders]
     fs, inner = filesystem(folder)
     if not folders:
         return remote.names(folder, "*")

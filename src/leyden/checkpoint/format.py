@@ -28,13 +28,14 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
 
 from leyden.checkpoint import container
 from leyden.checkpoint.container import Reader, checksum, compact_json, shown, strict_json, write_file
+from leyden.checkpoint.folder import Folder, is_sharded
 from leyden.checkpoint.from_plain import decode as decode_node
 from leyden.checkpoint.from_plain import tensor_names
 from leyden.checkpoint.plain import Encoder, storable
@@ -68,6 +69,7 @@ RUN_STATE_KEYS = RANDOM_STATE_KEYS | {
 _ENTRY = "leyden_checkpoint"
 _CHECKED = ("leyden_format", "leyden_version", "leyden_about", _ENTRY, "leyden_checksums")
 _CHECKED_1 = ("leyden_version", _ENTRY, "leyden_checksums")
+_SHARDS = "leyden_shards"
 
 Tree = dict[str, Any]
 
@@ -129,15 +131,29 @@ def flatten(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tree]:
         CheckpointError: something is neither a tensor nor plain data; names its key.
     """
     encoder = Encoder()
+    return encoder.tensors, _tree(encoder, checkpoint)
+
+
+def flatten_sharded(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any], Tree]:
+    """Split a checkpoint as `flatten` does, with the DTensors apart from the other tensors: names and references.
+
+    Raises:
+        CheckpointError: as `flatten`; or a DTensor is of a dtype that the file format lacks, or holds partial sums.
+    """
+    encoder = Encoder(sharded=True)
+    tree = _tree(encoder, checkpoint)
+    return encoder.tensors, encoder.shards, tree
+
+
+def _tree(encoder: Encoder, checkpoint: Mapping[str, Any]) -> Tree:
     for key in checkpoint:
         if not isinstance(key, str):
             raise CheckpointError(f"A checkpoint's keys must be strings, got {key!r} ({type(key).__name__}).")
-    tree = {key: encoder.encode(value, (key,)) for key, value in checkpoint.items()}
-    return encoder.tensors, tree
+    return {key: encoder.encode(value, (key,)) for key, value in checkpoint.items()}
 
 
 def seal(
-    tensors: Mapping[str, Tensor], tree: Mapping[str, Any], saved_at: float | None = None
+    tensors: Mapping[str, Tensor], tree: Mapping[str, Any], saved_at: float | None = None, shards: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Make of what `flatten` returned what `write_file` takes; this is where the checksums are computed.
 
@@ -147,6 +163,7 @@ def seal(
         tensors: those of `flatten`, or copies of them; contiguous ones on the CPU are not copied again.
         tree: that of `flatten`.
         saved_at: when the checkpoint was taken, in seconds since 1970 (`time.time`); now by default.
+        shards: of a sharded checkpoint, what `leyden.checkpoint.folder.shards_json` made.
 
     Returns:
         Contiguous CPU tensors by name, and the metadata.
@@ -164,7 +181,9 @@ def seal(
         _ENTRY: compact_json(tree),
         "leyden_checksums": compact_json({name: checksum(tensor) for name, tensor in stored.items()}),
     }
-    metadata["leyden_checksum"] = _metadata_checksum(metadata, _CHECKED)
+    if shards is not None:
+        metadata[_SHARDS] = shards
+    metadata["leyden_checksum"] = _metadata_checksum(metadata, _checked(metadata))
     if (size := len(compact_json(metadata))) > container.MAX_HEADER_BYTES:
         raise CheckpointError(_too_much_plain_data(size, tree))
     return stored, metadata
@@ -176,9 +195,7 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
     Raises:
         CheckpointError: another format version, a wrong checksum, a missing tensor, or a malformed tree.
     """
-    return _assemble(
-        lambda name: tensors[name].contiguous(), tensors, metadata, torch.device("cpu"), weights_only=False
-    )
+    return assemble(_Given(tensors, dict(metadata)), torch.device("cpu"), weights_only=False)
 
 
 def load_checkpoint(
@@ -186,13 +203,15 @@ def load_checkpoint(
     map_location: str | torch.device | None = "cpu",
     weights_only: bool = False,
 ) -> dict[str, Any]:
-    """Read a checkpoint file into the dict that was saved. Nothing in the file is ever executed or imported.
+    """Read a checkpoint into the dict that was saved. Nothing in it is ever executed or imported.
+
+    A sharded checkpoint, a folder, gives the same dict with whole tensors, in one process and without a group.
 
     A safetensors file that leyden did not write gives ``{"state_dict": its tensors}``. Only the parts that are asked for
     are read, one tensor at a time and in the order of the file, so the peak in memory is the result and one tensor.
 
     Args:
-        path: the file, or its URL (``file://``, ``memory://``, ``s3://``…, whatever fsspec has a driver for).
+        path: the file, or its URL (``file://``, ``memory://``, ``s3://``…, whatever fsspec has a driver for); or the folder.
         map_location: the device of the tensors; None means the CPU. Random states
             (`RANDOM_STATE_KEYS`) stay on the CPU.
         weights_only: leave the run's state (`RUN_STATE_KEYS`) in the file, unread.
@@ -205,23 +224,23 @@ def load_checkpoint(
         device = torch.device("cpu" if map_location is None else map_location)
     except (RuntimeError, TypeError):
         reject("map_location", map_location, "a device, such as 'cpu' or 'cuda:0', or None for the CPU")
-    with _opened(path) as file:
-        return _assemble(file.read, file.entries, file.metadata, device, weights_only)
+    with opened(path) as file:
+        return assemble(file, device, weights_only)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """Read a file's metadata only, whatever its size; empty for a plain safetensors file without any.
 
     Checks that the file has its full length and that the metadata is what was written; the tensors' checksums are
-    checked by `load_checkpoint`.
+    checked by `load_checkpoint`. Of a folder, those of its main file; all files have to be there in full length.
 
     Args:
-        path: the file, or its URL.
+        path: the file, or its URL; or the folder of a sharded checkpoint.
 
     Raises:
         CheckpointError: as `load_checkpoint`.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         if _is_ours(file.metadata):
             _check_metadata(file.metadata)
         return file.metadata
@@ -239,7 +258,7 @@ def read_about(path: str | os.PathLike[str]) -> About:
     Raises:
         CheckpointError: as `load_checkpoint`.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         metadata = file.metadata
         if not _is_ours(metadata):
             return About(saved_at=_written_at(path))
@@ -272,11 +291,14 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Reader]:
-    """Open a file for as long as the block lasts; what is wrong with it is raised with its name in front."""
+def opened(path: str | os.PathLike[str]) -> Iterator[Reader | Folder]:
+    """Open a checkpoint for as long as the block lasts; what is wrong with it is raised with its name in front."""
     try:
-        with open_stream(path) as stream:
-            yield Reader(stream)
+        with contextlib.ExitStack() as held:
+            if not is_remote(path) and is_sharded(local_path(path)):
+                yield Folder(local_path(path), held)
+            else:
+                yield Reader(held.enter_context(open_stream(path)))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file.{_close_names(path)}") from None
     except OSError as error:
@@ -322,24 +344,61 @@ def _too_much_plain_data(size: int, tree: Mapping[str, Any]) -> str:
     )
 
 
-def _assemble(
-    read: Callable[[str], Tensor],
-    names: Iterable[str],
-    metadata: Mapping[str, str],
-    device: torch.device,
-    weights_only: bool,
+class _File(Protocol):
+    """What a checkpoint is put together from: `Reader` and `Folder`."""
+
+    metadata: dict[str, str]
+
+    @property
+    def entries(self) -> Mapping[str, Any]: ...
+    def read(self, name: str) -> Tensor: ...
+
+
+@dataclasses.dataclass
+class _Given:
+    """Tensors in memory, as a file."""
+
+    entries: Mapping[str, Tensor]
+    metadata: dict[str, str]
+
+    def read(self, name: str) -> Tensor:
+        return self.entries[name].contiguous()
+
+
+def assemble(
+    file: _File, device: torch.device, weights_only: bool, given: Mapping[str, Tensor] | None = None
 ) -> dict[str, Any]:
-    """Build the checkpoint from its tensors; ``names`` is their order in the file, in which they are read."""
-    if not _is_ours(metadata):
-        return {"state_dict": {name: read(name).to(device) for name in names}}
-    tree, checksums = _check_metadata(metadata)
-    if weights_only:
-        tree = {key: node for key, node in tree.items() if key not in RUN_STATE_KEYS}
+    """Build the checkpoint from its tensors, which are read in the order of the file.
+
+    Args:
+        file: an open checkpoint.
+        device: the place of its tensors, except random states.
+        weights_only: leave the run's state unread.
+        given: tensors that have been read already, by name.
+
+    Raises:
+        CheckpointError: damaged, malformed, or of another format version.
+    """
+    if not _is_ours(file.metadata):
+        return {"state_dict": {name: file.read(name).to(device) for name in file.entries}}
+    tree, checksums = contents(file.metadata, weights_only)
     places = {key: torch.device("cpu") if key in RANDOM_STATE_KEYS else device for key in tree}
-    tensors = _Tensors(tree, places)
-    for name in names:
-        tensors.load(name, read, checksums)
+    tensors = _Tensors(tree, places, given or {})
+    for name in file.entries:
+        tensors.load(name, file, checksums)
     return {key: decode_node(node, functools.partial(tensors.fetch, places[key])) for key, node in tree.items()}
+
+
+def contents(metadata: Mapping[str, str], weights_only: bool) -> tuple[Tree, dict[str, Any]]:
+    """Return the tree, of weights only if asked, and the tensors' checksums; nothing for a file that is not ours.
+
+    Raises:
+        CheckpointError: damaged, malformed, or of another format version.
+    """
+    if not _is_ours(metadata):
+        return {}, {}
+    tree, checksums = _check_metadata(metadata)
+    return {key: node for key, node in tree.items() if not (weights_only and key in RUN_STATE_KEYS)}, checksums
 
 
 class _Tensors:
@@ -348,7 +407,8 @@ class _Tensors:
     Tied tensors stay tied. What becomes an array or a string of bytes is let go when that has been made.
     """
 
-    def __init__(self, tree: Tree, places: Mapping[str, torch.device]) -> None:
+    def __init__(self, tree: Tree, places: Mapping[str, torch.device], given: Mapping[str, Tensor]) -> None:
+        self._given = given
         self._uses: dict[str, collections.Counter[torch.device]] = {}
         self._loaded: dict[tuple[str, torch.device], Tensor] = {}
         for key, node in tree.items():
@@ -356,17 +416,19 @@ class _Tensors:
                 place = torch.device("cpu") if as_bytes else places[key]
                 self._uses.setdefault(name, collections.Counter())[place] += 1
 
-    def load(self, name: str, read: Callable[[str], Tensor], checksums: Mapping[str, Any]) -> None:
+    def load(self, name: str, file: _File, checksums: Mapping[str, Any]) -> None:
         places = self._uses.get(name)
-        if not places:
+        if not places or name in self._given:
             return
-        tensor = read(name)
-        if checksum(tensor) != checksums.get(name):
-            raise CheckpointError(f"the tensor {shown(name)} is damaged: its checksum is not the one that was written")
+        tensor = file.read(name)
+        if not (isinstance(file, Folder) and name in file.sharded):
+            verify(name, tensor, checksums)
         for place in places:
             self._loaded[name, place] = tensor.to(place)
 
     def fetch(self, place: torch.device, name: str, as_bytes: bool = False) -> Tensor:
+        if name in self._given and not as_bytes:
+            return self._given[name]
         if as_bytes:
             place = torch.device("cpu")
         if (name, place) not in self._loaded:
@@ -377,6 +439,16 @@ class _Tensors:
         if self._uses[name].total() != 1:  # each would be a copy, and a small file could fill the memory
             raise CheckpointError(f"malformed: the bytes of the tensor {shown(name)} are used twice")
         return self._loaded.pop((name, place))
+
+
+def verify(name: str, tensor: Tensor, checksums: Mapping[str, Any]) -> None:
+    """Compare a tensor with the checksum that was written.
+
+    Raises:
+        CheckpointError: it is another.
+    """
+    if checksum(tensor) != checksums.get(name):
+        raise CheckpointError(f"the tensor {shown(name)} is damaged: its checksum is not the one that was written")
 
 
 def _is_ours(metadata: Mapping[str, str]) -> bool:
@@ -392,7 +464,7 @@ def _check_metadata(metadata: Mapping[str, str]) -> tuple[Tree, dict[str, Any]]:
             f"and this leyden, {_version()}, reads versions {min([*MIGRATIONS, FORMAT_VERSION], key=int)} to "
             f"{FORMAT_VERSION}. A newer leyden may read it: pip install --upgrade leyden"
         )
-    checked = _CHECKED_1 if version == "1" else _CHECKED
+    checked = _checked(metadata)
     for key in (*checked, "leyden_checksum"):
         if key not in metadata:
             raise CheckpointError(f"its metadata lack {key!r}")
@@ -405,6 +477,12 @@ def _check_metadata(metadata: Mapping[str, str]) -> tuple[Tree, dict[str, Any]]:
         tree = MIGRATIONS[version](tree)
         version = str(int(version) + 1)
     return tree, checksums
+
+
+def _checked(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The entries that ``leyden_checksum`` covers."""
+    checked = _CHECKED_1 if metadata["leyden_format"] == "1" else _CHECKED
+    return (*checked, _SHARDS) if _SHARDS in metadata else checked
 
 
 def _metadata_checksum(metadata: Mapping[str, str], keys: Iterable[str]) -> str:

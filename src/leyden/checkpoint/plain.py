@@ -56,10 +56,17 @@ class Encoder:
     """Turns values into JSON nodes and collects the tensors met on the way in `tensors`, by name.
 
     The tensors are references, on whatever device; `storable` makes of each what the file holds.
+
+    Args:
+        sharded: take DTensors as they are, into `shards`; else they are refused.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sharded: bool = False) -> None:
         self.tensors: dict[str, Tensor] = {}
+        self.shards: dict[str, Any] = {}
+        """The DTensors, of which this process has a part."""
+        self._sharded = sharded
+        self._alike: dict[tuple[Any, ...], list[tuple[str, Tensor]]] = {}
         self._written: dict[tuple[Any, ...], Any] = {}
 
     def encode(self, value: Any, path: Path) -> Any:
@@ -141,6 +148,8 @@ class Encoder:
         return _refuse(value, path)
 
     def _tensor(self, tensor: Tensor, path: Path) -> Any:
+        if self._sharded and _is_dtensor(tensor):
+            return {"$tensor": self._shard(tensor, path)}
         _check_tensor(tensor, path)
         if tensor.layout is not torch.strided:
             return self._sparse(tensor.detach(), path)
@@ -191,13 +200,38 @@ class Encoder:
         zero_points = self.encode(tensor.q_per_channel_zero_points(), (*path, "zero_points"))
         return {"$quantized": [node, scales, zero_points, tensor.q_per_channel_axis()]}
 
+    def _shard(self, tensor: Any, path: Path) -> str:
+        """Return the name of a DTensor. All ranks come to the same names: a tie is one on each of them."""
+        if any(placement.is_partial() for placement in tensor.placements):
+            _refuse(tensor, path, "its values are not summed over the ranks yet; store tensor.full_tensor()")
+        if tensor.dtype not in NATIVE_DTYPES:
+            _refuse(tensor, path, f"{tensor.dtype} cannot be sharded; convert it, or store tensor.full_tensor()")
+        bare = tensor.detach()
+        local = bare.to_local()
+        _check_tensor(local, path)
+        if not tensor.numel():  # there is nothing to share out
+            return self._store(torch.empty(tensor.shape, dtype=tensor.dtype), path)
+        # the address tells tensors apart, except empty parts, which have none
+        seen = (tensor.shape, tensor.placements, tensor.dtype, local.data_ptr(), local.device)
+        for name, other in self._alike.setdefault(seen, []):
+            if local.is_set_to(other):
+                return name
+        name = self._free_name(path)
+        self.shards[name] = bare
+        self._alike[seen].append((name, local))
+        return name
+
     def _store(self, tensor: Tensor, path: Path) -> str:
+        name = self._free_name(path)
+        self.tensors[name] = tensor
+        return name
+
+    def _free_name(self, path: Path) -> str:
         name = wanted = tensor_name(path)
         n = 1
-        while name in self.tensors or name == "__metadata__":
+        while name in self.tensors or name in self.shards or name == "__metadata__":
             n += 1
             name = f"{wanted}#{n}"
-        self.tensors[name] = tensor
         return name
 
     def _numpy(self, value: Any, path: Path) -> Any:
@@ -256,7 +290,7 @@ def _check_tensor(tensor: Tensor, path: Path) -> None:
     wraps: bool = is_traceable_wrapper_subclass(tensor)
     if torch.nn.parameter.is_lazy(tensor):
         _refuse(tensor, path, "a lazy module has no weights yet; run one batch through it before saving")
-    if wraps and hasattr(tensor, "full_tensor"):
+    if _is_dtensor(tensor):
         _refuse(tensor, path, "a sharded tensor belongs in a sharded checkpoint; or store tensor.full_tensor()")
     if tensor.is_nested:
         _refuse(tensor, path, "store its parts, tensor.unbind(), as a list")
@@ -266,6 +300,12 @@ def _check_tensor(tensor: Tensor, path: Path) -> None:
         _refuse(tensor, path, "it is on the meta device and has no values; materialize it first")
     if wraps:
         _refuse(tensor, path, f"{type(tensor).__name__} wraps other tensors; store those")
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is one, without importing what defines them."""
+    wraps: bool = is_traceable_wrapper_subclass(tensor)
+    return wraps and hasattr(tensor, "full_tensor")
 
 
 def _refuse(value: Any, path: Path, hint: str | None = None) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from leyden.callbacks.callback import Callback
@@ -11,15 +12,17 @@ from leyden.errors import CheckpointError, warn
 from leyden.fused import load_optimizer
 from leyden.hooks import overridden
 from leyden.loggers.logger import capture_loggers
-from leyden.metrics_state import capture_metrics, restore_metrics
+from leyden.metrics_state import capture_metrics, emptied, merged, restore_metrics
 from leyden.module import LightningModule
 from leyden.optimizers import gradients_of, load_gradients
 from leyden.run import Restored
 from leyden.seed import capture_random_state
+from leyden.strategy.random_state import spread_random_state
 
 if TYPE_CHECKING:
     from leyden.datamodule import LightningDataModule
     from leyden.run import Run
+    from leyden.strategy import Strategy
     from leyden.trainer import Trainer
 
 
@@ -73,12 +76,37 @@ def capture(
         own = own_generators(module, datamodule, callbacks)
         drawn = capture_random_state(run.device) | {"own": generator_states(own)}
         checkpoint["random_state"] = waiting.random_state if waiting else drawn
+        _add_other_ranks(checkpoint, trainer.strategy)
         if datamodule is not None and (state := datamodule.state_dict()):
             checkpoint[type(datamodule).__qualname__] = state
     for callback in callbacks:
         callback.on_save_checkpoint(trainer, module, checkpoint)
     module.on_save_checkpoint(checkpoint)
     return checkpoint
+
+
+_OF_EACH_RANK = ("random_state", "metrics")
+
+
+def _add_other_ranks(checkpoint: dict[str, Any], strategy: Strategy) -> None:
+    """Put what each rank has of its own beside that of rank 0, which stands where one process has it."""
+    if strategy.data_world_size > 1:
+        own = {key: checkpoint[key] for key in _OF_EACH_RANK}
+        checkpoint["other_ranks"] = strategy.gather_data_ranks(own)[1:]
+
+
+def _of_this_rank(checkpoint: dict[str, Any], strategy: Strategy) -> tuple[dict[str, Any], bool]:
+    """What a checkpoint has for this rank, and whether it was written by as many ranks as there are now.
+
+    If not, rank 0 goes on with what all of them had logged, and the others begin anew.
+    """
+    parts = [{key: checkpoint.get(key) for key in _OF_EACH_RANK}, *checkpoint.get("other_ranks", ())]
+    if len(parts) == strategy.data_world_size:
+        return parts[strategy.data_rank], True
+    metrics = [part["metrics"] for part in parts]
+    if metrics[0] is not None:
+        parts[0]["metrics"] = merged(metrics) if strategy.data_rank == 0 else emptied(metrics[0])
+    return parts[0], False
 
 
 def wanted_by_hooks(module: LightningModule, callbacks: Sequence[Callback]) -> bool:
@@ -104,7 +132,7 @@ def apply_weights(
             f"{path} has no 'state_dict', so there are no weights in it; it has {', '.join(checkpoint)}."
         )
     try:
-        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+        trainer.strategy.load_module(module, checkpoint["state_dict"], module.strict_loading)
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit {type(module).__name__}: {error}") from error
 
@@ -156,7 +184,8 @@ def apply_training(
     run.should_stop = bool(checkpoint.get("should_stop"))
     if run.compiled is not None and checkpoint.get("compiled"):
         run.compiled.load_state_dict(checkpoint["compiled"])
-    metrics = checkpoint.get("metrics")
+    own, as_before = _of_this_rank(checkpoint, run.strategy)
+    metrics = own["metrics"]
     if metrics is not None:
         restore_metrics(run.metrics, run.module, metrics, run.device)  # for hooks to see, before training begins
     states = dict(checkpoint.get("callbacks", {}))
@@ -169,17 +198,23 @@ def apply_training(
         )
     if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
+    if run.strategy.is_global_zero:
+        _tell(run, path)
+    run.restored = Restored(
+        own["random_state"],
+        metrics,
+        checkpoint.get("loader_states") or {},
+        lambda: own_generators(run.module, datamodule, callbacks),
+        None if as_before else partial(spread_random_state, run.strategy, run.device),
+    )
+
+
+def _tell(run: Run, path: str) -> None:
     print(f"Going on from {path}: epoch {run.progress.epoch}, step {run.progress.global_step}.")
     if 0 <= run.max_epochs <= run.progress.epoch:
         print(f"max_epochs={run.max_epochs} is reached already, so nothing is left to train. Raise it to go on.")
     elif run.should_stop and run.stop_reached():
         print("Training had been asked to stop there, so nothing is left to train.")
-    run.restored = Restored(
-        checkpoint["random_state"],
-        metrics,
-        checkpoint.get("loader_states") or {},
-        lambda: own_generators(run.module, datamodule, callbacks),
-    )
 
 
 def _window_states(run: Run) -> list[dict[str, Any] | None]:

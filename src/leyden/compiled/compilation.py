@@ -301,6 +301,8 @@ def obstacle(run: Run, settings: Settings, owns: Callable[[str], bool], is_profi
     """What keeps the whole step from being one graph, in words that end a sentence; None if nothing is known to."""
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
         return f"torch {torch.__version__} cannot trace a backward pass, as 2.13 can"
+    if run.strategy.world_size > 1:
+        return "several processes exchange gradients in the middle of it"
     for name, off in (("nan_policy", None), ("oom_policy", "raise"), ("detect_anomaly", False)):
         if getattr(settings, name) != off:
             return f"{name}={getattr(settings, name)!r} looks at it in the middle"

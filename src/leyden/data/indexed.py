@@ -15,7 +15,7 @@ import math
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import chain, islice
 from typing import Any
 
@@ -38,7 +38,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from leyden.data.generators import generator_states, owned_generators, seed_generators, set_generator_states
 from leyden.data.reader import Position, Reader, Ticket, as_torch, has_state, shut_down_workers
-from leyden.data.seeded import SeededDataset, WorkerInit, as_loaded, fetcher
+from leyden.data.seeded import Fetch, SeededDataset, WorkerInit, as_loaded, fetcher
+from leyden.data.shares import Cut, Division, Piece, Rounds, batch_seed, is_rank_aware
 from leyden.data.worker import end_at_exit, signals_held_back
 from leyden.errors import warn
 from leyden.seed import (
@@ -80,15 +81,67 @@ def draws_nothing(dataset: Any, collate: Any) -> bool:
     return isinstance(dataset, torch.Tensor) or type(dataset) in (TensorDataset, list, tuple, range)
 
 
-class IndexedReader(Reader):
-    """A `DataLoader` over a map-style dataset."""
+def knows_ranks(loader: DataLoader[Any]) -> bool:
+    """Whether one of the loader's samplers divides the data by itself, such as a `DistributedSampler`."""
+    return is_rank_aware(loader.batch_sampler) or is_rank_aware(loader.sampler)
 
-    def __init__(self, loader: DataLoader[Any], name: str) -> None:
+
+def size_of(loader: DataLoader[Any]) -> int | None:
+    """Samples in a batch, where the sampler's order can be cut anew; None where it comes in whole batches."""
+    batches = loader.batch_sampler
+    if not isinstance(batches, BatchSampler):
+        return None
+    # torchdata's is torch's with a state
+    own = type(batches) is not BatchSampler and type(batches).__module__.partition(".")[0] != "torchdata"
+    return None if own else int(batches.batch_size)
+
+
+def cut_of(loader: DataLoader[Any], division: Division | None) -> Cut:
+    """How the loader's order is cut."""
+    size = size_of(loader)
+    drop_last = size is not None and bool(loader.batch_sampler.drop_last)  # type: ignore[union-attr]
+    if division is None:
+        return Cut(0, 1, True, size, drop_last)
+    return Cut(division.rank, division.of, division.training, size, drop_last)
+
+
+def order_to_cut(loader: DataLoader[Any]) -> Any:
+    """The sampler whose order is cut: of single samples if possible, else of batches."""
+    batches: Any = loader.batch_sampler
+    if batches is None:
+        return loader.sampler
+    return batches if size_of(loader) is None else batches.sampler
+
+
+def items_of(loader: DataLoader[Any]) -> int | None:
+    """The length of the order that is cut; None if it is not known."""
+    order = order_to_cut(loader)
+    try:
+        return len(order)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+class IndexedReader(Reader):
+    """A `DataLoader` over a map-style dataset.
+
+    Args:
+        loader: what is read.
+        name: the hook that gave it, for messages.
+        division: among ranks; None for one process.
+    """
+
+    def __init__(self, loader: DataLoader[Any], name: str, division: Division | None = None) -> None:
         self.loader = loader
         self._name = name
+        self._division = division
+        self._rank = 0 if division is None else division.rank
+        self.divided = division is not None and division.divides and not knows_ranks(loader)
+        self._cut = cut_of(loader, division if self.divided else None)
         self._batched = loader.batch_sampler is not None
         self._sampler: Any = loader.batch_sampler if self._batched else loader.sampler
         inner = getattr(self._sampler, "sampler", None) if type(self._sampler) is BatchSampler else self._sampler
+        self._items = order_to_cut(loader)
         self._known = type(inner) in TORCH_SAMPLERS
         self._draws = not draws_nothing(loader.dataset, loader.collate_fn)
         # workers read ahead by themselves; without them a dataset or a sampler might look at what has been trained
@@ -104,24 +157,50 @@ class IndexedReader(Reader):
 
     def read(self, position: Position | None = None, limit: float = math.inf) -> Iterator[tuple[Any, Ticket]]:
         """See `Reader.read`. Passing over batches loads no samples."""
+        cuts = self.divided or self._is_odd(position)
         if position is None:
-            start = self._begin()
-            order, count = self._order(start), 0
+            start, count = self._begin(), 0
+            with self._as_first(start):
+                order = (
+                    self._cut.pieces(self._order(start, self._rounds())) if cuts else self._order(start, self._sampler)
+                )
         else:
             start, count = position.get("start") or self._begin(), int(position["count"])
             with isolated_random_state():
-                order = self._resumed(start, position)
+                order = self._resumed(start, position, cuts)
         if limit != math.inf:
             order = islice(order, max(0, int(limit) - count))  # workers must not draw indices beyond the limit
-        return (self._load_here if self._direct else self._load_in_workers)(order, start, count)
+        return (self._load_here if self._direct else self._load_in_workers)(order, start, count, cuts)
 
     def position(self, ticket: Ticket) -> Position:
-        """Return the ticket as plain data, with a check number of the last indices, by which a resumed order is known."""
-        return {**super().position(ticket), "last": _check_number(ticket.detail)}
+        """Return the ticket as plain data.
+
+        In it are how many items of the sampler's order have been used of the epoch, by all ranks together, and a check number of
+        the last of them, by which a resumed order is known.
+        """
+        place, detail, size = super().position(ticket), ticket.detail, self._cut.size
+        if isinstance(detail, Piece):
+            return {**place, "last": _check_number(detail.checked), **_used(detail.used, size and len(detail.checked))}
+        used = ticket.number * (size or 1)
+        if size and detail is not None:
+            used += len(detail) - size
+        if self._division is not None and not self.divided:  # each rank has samples of its own
+            return place
+        return {**place, "last": _check_number(detail), **_used(used, size and len(detail or ()))}
+
+    def left(self, position: Position | None) -> float | None:
+        """See `Reader.left`."""
+        items = items_of(self.loader)
+        return None if items is None else self._cut.length(items, self._used_before(position))
+
+    def weight(self, ticket: Ticket) -> float:
+        """See `Reader.weight`."""
+        return ticket.detail.weight if isinstance(ticket.detail, Piece) else 1.0
 
     def indices(self, ticket: Ticket) -> list[int] | None:
         """The sample indices of the ticket's batch."""
-        return None if ticket.detail is None or not self._batched else list(ticket.detail)
+        own = _own(ticket.detail)
+        return None if own is None or not self._batched else list(own)
 
     def rest(self) -> dict[str, Any]:
         """See `Reader.rest`. The dataset's generators are not in it: they are seeded for each batch."""
@@ -146,6 +225,13 @@ class IndexedReader(Reader):
 
     def _begin(self) -> dict[str, Any]:
         """What a pass over this loader depends on."""
+        division = self._division if self.divided else None
+        if division is None or division.broadcast is None:
+            return self._present()
+        start: dict[str, Any] = division.broadcast(self._present() if division.leads else None)
+        return start
+
+    def _present(self) -> dict[str, Any]:
         state = torch.default_generator.get_state()
         own = self.loader.generator  # the loader draws from it instead, so that the other may stand still
         return {
@@ -155,22 +241,55 @@ class IndexedReader(Reader):
             **self.rest(),
         }
 
-    def _order(self, start: dict[str, Any]) -> Iterator[Any]:
+    @contextmanager
+    def _as_first(self, start: dict[str, Any]) -> Iterator[None]:
+        """Draw what rank 0 draws; that rank's random state moves on, as that of one process, the others' stay."""
+        if not self.divided or self._division is None or self._division.leads:
+            yield
+            return
+        with isolated_random_state():
+            restore_random_state(start["random"])
+            self.take_rest(start)
+            yield
+
+    def _order(self, start: dict[str, Any], sampler: Any) -> Iterator[Any]:
         """Start the sampler; it draws what it draws under torch's own iterator (of workers that are not persistent)."""
         torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)  # torch's seed for workers
-        order = iter(self._sampler) if self._known else _apart(self._sampler, derived_seed(start["seed"], "order"))
+        order = iter(sampler) if self._known else _apart(sampler, derived_seed(start["seed"], "order"))
         for first in order:  # now, for workers would ask for it before training draws anything
             return chain([first], order)
         return order
 
-    def _resumed(self, start: dict[str, Any], position: Position) -> Iterator[Any]:
+    def _rounds(self, used: int = 0, remembered: int = 1) -> Rounds:
+        return Rounds(self._items, self._cut.width, used, remembered)
+
+    def _used_before(self, position: Position | None) -> int:
+        """Items of the order that had been used."""
+        if position is None:
+            return 0
+        if "used" not in position and position.get("start"):  # of a version that knew one process only
+            return int(position["count"]) * (self._cut.size or 1)
+        return int(position.get("used", int(position["count"]) * self._cut.width))
+
+    def _is_odd(self, position: Position | None) -> bool:
+        """Whether the epoch was begun by other ranks, or in batches of another size, and goes on within one of ours."""
+        return position is not None and self._used_before(position) != int(position["count"]) * self._cut.width
+
+    def _resumed(self, start: dict[str, Any], position: Position, cuts: bool) -> Iterator[Any]:
         """Start the sampler as it was started then, and pass over what was trained on."""
         restore_random_state(start["random"])
         self.take_rest(start)
-        order = self._order(start)
-        last = None
-        for last in islice(order, int(position["count"])):  # noqa: B007
-            pass
+        last: Any = None
+        if cuts:
+            used, size = self._used_before(position), self._cut.size
+            rounds = self._rounds(used, position.get("checked") or size or 1)
+            order = self._cut.pieces(self._order(start, rounds), used)
+            passed = list(rounds.passed)
+            last = passed if size else passed[-1] if passed else None
+        else:
+            order = self._order(start, self._sampler)
+            for last in islice(order, int(position["count"])):  # noqa: B007
+                pass
         if position.get("last") not in (None, _check_number(last)):
             warn(
                 "data-order",
@@ -181,32 +300,38 @@ class IndexedReader(Reader):
             )
         return order
 
-    def _load_here(self, order: Iterator[Any], start: dict[str, Any], count: int) -> Iterator[tuple[Any, Ticket]]:
+    def _load_here(
+        self, order: Iterator[Any], start: dict[str, Any], count: int, cuts: bool
+    ) -> Iterator[tuple[Any, Ticket]]:
         fetch = fetcher(self.loader.dataset, self.loader.collate_fn, self._batched)
+        if cuts:
+            fetch = _of_pieces(fetch)
         if not self._draws:
             for number, indices in enumerate(order, count + 1):
                 yield fetch(indices), Ticket(start, number, indices)
             return
         stream = RandomStream(0)
         for number, indices in enumerate(order, count + 1):
-            seed = derived_seed(start["seed"], number)
+            seed = batch_seed(start["seed"], number, self._rank)
             with stream.begin(seed):
                 seed_generators(self._own, seed)
                 batch = fetch(indices)
             yield batch, Ticket(start, number, indices)
 
-    def _load_in_workers(self, order: Iterator[Any], start: dict[str, Any], count: int) -> Iterator[tuple[Any, Ticket]]:
+    def _load_in_workers(
+        self, order: Iterator[Any], start: dict[str, Any], count: int, cuts: bool
+    ) -> Iterator[tuple[Any, Ticket]]:
         given: deque[Any] = deque()
 
         def tagged() -> Iterator[tuple[int, Any]]:
             for number, indices in enumerate(order, count + 1):
                 given.append(indices)
-                yield derived_seed(start["seed"], number), indices
+                yield batch_seed(start["seed"], number, self._rank), _own(indices)
 
         if self._workers is None:
-            self._workers = _fed(self.loader, self._feed, self._batched)
+            self._workers = _fed(self.loader, self._feed, self._batched, self.divided)
         self._feed.order = tagged()
-        in_order = getattr(self.loader, "in_order", True)
+        in_order = cuts or getattr(self.loader, "in_order", True)
         with signals_held_back():  # until the workers know what to do with them
             batches = iter(self._workers)
         end_at_exit(batches)
@@ -232,9 +357,11 @@ class _Feed:
         return self.order
 
 
-def _fed(loader: DataLoader[Any], feed: _Feed, batched: bool) -> DataLoader[Any]:
+def _fed(loader: DataLoader[Any], feed: _Feed, batched: bool, divided: bool) -> DataLoader[Any]:
     """A loader like ``loader`` whose workers load what ``feed`` says, seeded for each batch."""
     order: dict[str, Any] = {"batch_sampler": feed} if batched else {"batch_size": None, "sampler": feed}
+    if divided and not getattr(loader, "in_order", True):
+        order["in_order"] = True  # all ranks train on parts of the same global batch
     return rebuilt(
         loader,
         **order,
@@ -286,6 +413,19 @@ def _apart(sampler: Any, seed: int) -> Iterator[Any]:
             except StopIteration:
                 return
         yield indices
+
+
+def _of_pieces(fetch: Fetch) -> Fetch:
+    return lambda piece: fetch(piece.own)
+
+
+def _own(detail: Any) -> Any:
+    return detail.own if isinstance(detail, Piece) else detail
+
+
+def _used(used: int, checked: int | None) -> dict[str, int]:
+    """How many items of the order have been used, and how many of the last ones the check number is of."""
+    return {"used": used, "checked": checked} if checked else {"used": used}
 
 
 def _check_number(indices: Any) -> int | None:

@@ -40,6 +40,8 @@ class Reader(ABC):
     loader: Any
     only_once = False
     """Whether the loader turned out to be its own iterator, which gives its batches only once."""
+    divided = False
+    """Whether ranks read different parts of the loader, so that a pass stands at the same position on all of them."""
     reads_ahead = False
     """Whether the batch after the present one may be read before that is trained on: nothing of the user's could tell."""
 
@@ -55,6 +57,14 @@ class Reader(ABC):
     def position(self, ticket: Ticket) -> Position:
         """Return the ticket as plain data."""
         return {"start": ticket.start, "count": ticket.number}
+
+    def left(self, position: Position | None) -> float | None:
+        """The number of this rank's batches after ``position`` (None: of a whole pass), without a limit; None if unknown."""
+        return None
+
+    def weight(self, ticket: Ticket) -> float:
+        """What the loss of the ticket's batch counts in the mean over ranks: 1 where all have as many samples."""
+        return 1.0
 
     def indices(self, ticket: Ticket) -> list[int] | None:
         """The sample indices of the ticket's batch, if they are known."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any
@@ -17,6 +17,7 @@ from leyden.data.generators import generator_states, owned_generators, set_gener
 from leyden.data.indexed import IndexedReader, is_plain
 from leyden.data.reader import Position, Reader, Ticket, as_torch, has_state, shut_down_workers
 from leyden.data.seeded import WorkerInit
+from leyden.data.shares import Cut, Division, Rounds, batch_seed
 from leyden.data.worker import end_at_exit, signals_held_back
 from leyden.errors import DataError, warn
 from leyden.seed import (
@@ -29,24 +30,28 @@ from leyden.seed import (
 )
 
 
-def make_reader(loader: Any, name: str, among_others: bool = False) -> Reader:
+def make_reader(loader: Any, name: str, among_others: bool = False, division: Division | None = None) -> Reader:
     """Choose how a loader is read.
 
     Args:
         loader: a `DataLoader`, a `CombinedLoader`, or any iterable of batches.
         name: the hook that gave it, for messages.
         among_others: whether it is read together with others.
+        division: among ranks; None for one process.
     """
     if isinstance(loader, CombinedLoader):
-        return CombinedReader(loader, name)
+        return CombinedReader(loader, name, division)
     loader = as_torch(loader)
     if is_plain(loader):
-        return IndexedReader(loader, name)
+        return IndexedReader(loader, name, division)
+    if isinstance(loader, (list, tuple)):
+        return ListReader(loader, division)
+    rank = 0 if division is None else division.rank
     if has_state(loader):
-        return StatefulReader(loader, loader, among_others)
+        return StatefulReader(loader, loader, among_others, rank)
     if isinstance(loader, DataLoader) and loader.num_workers == 0 and has_state(loader.dataset):
-        return StatefulReader(loader, loader.dataset, among_others)
-    return OpaqueReader(loader, name)
+        return StatefulReader(loader, loader.dataset, among_others, rank)
+    return OpaqueReader(loader, name, rank)
 
 
 class StatefulReader(Reader):
@@ -59,10 +64,12 @@ class StatefulReader(Reader):
         owner: the loader, or the dataset in it.
         notes_end: whether the last ticket says that the pass has ended, for which each batch waits for the next. Without
             that, nobody knows whether a dataset that goes back to its beginning there has been read or is to be read.
+        rank: whose random numbers the batches are loaded with.
     """
 
-    def __init__(self, loader: Any, owner: Any, notes_end: bool = False) -> None:
+    def __init__(self, loader: Any, owner: Any, notes_end: bool = False, rank: int = 0) -> None:
         self.loader = loader
+        self._rank = rank
         self._owner = owner
         self._notes_end = notes_end
 
@@ -107,7 +114,7 @@ class StatefulReader(Reader):
     def _read(
         self, iterator: Iterator[Any], start: dict[str, Any], count: int, limit: float
     ) -> Iterator[tuple[Any, Ticket]]:
-        reading = _seeded(iterator, start["seed"], count, limit)
+        reading = _seeded(iterator, start["seed"], count, limit, self._rank)
         following = next(reading, None)
         while following is not None:
             number, batch = following
@@ -120,11 +127,53 @@ class StatefulReader(Reader):
             following = following or next(reading, None)
 
 
+class ListReader(Reader):
+    """Batches in a list or tuple; ranks take them in turns."""
+
+    def __init__(self, loader: Sequence[Any], division: Division | None = None) -> None:
+        self.loader = loader
+        self.divided = division is not None and division.divides
+        self._cut = list_cut(division)
+
+    def read(self, position: Position | None = None, limit: float = math.inf) -> Iterator[tuple[Any, Ticket]]:
+        """See `Reader.read`."""
+        start = _begin(position, self.loader)
+        count, used = (0, 0) if position is None else (int(position["count"]), self._used(position))
+        pieces = self._cut.pieces(iter(Rounds(self.loader, self._cut.width, used)), used)
+        return (
+            (piece.own, Ticket(start, number, piece.used))
+            for number, piece in enumerate(islice(pieces, max(0, int(min(limit, _MANY)) - count)), count + 1)
+        )
+
+    def position(self, ticket: Ticket) -> Position:
+        """Return the ticket as plain data."""
+        return {**super().position(ticket), "used": ticket.detail}
+
+    def left(self, position: Position | None) -> float | None:
+        """See `Reader.left`."""
+        return self._cut.length(len(self.loader), 0 if position is None else self._used(position))
+
+    def _used(self, position: Position) -> int:
+        width = 1 if position.get("start") else self._cut.width  # a version that knew one process only did not note it
+        return int(position.get("used", int(position["count"]) * width))
+
+
+_MANY = 1 << 62
+
+
+def list_cut(division: Division | None) -> Cut:
+    """How a list of batches is divided."""
+    if division is None or not division.divides:
+        return Cut(0, 1, True, None)
+    return Cut(division.rank, division.of, division.training, None)
+
+
 class OpaqueReader(Reader):
     """Any other iterable of batches: to go on, it is read again from its start, which one line says."""
 
-    def __init__(self, loader: Any, name: str) -> None:
+    def __init__(self, loader: Any, name: str, rank: int = 0) -> None:
         self.loader = loader
+        self._rank = rank
         self.reads_ahead = isinstance(loader, DataLoader) and loader.num_workers > 0  # as its workers do
         if self.reads_ahead:
             self.loader = copy.copy(loader)  # the user's own stays as it is
@@ -136,12 +185,6 @@ class OpaqueReader(Reader):
         """See `Reader.read`. Batches that were trained on are loaded again; `_fast_forward` says how exact that is."""
         start = _begin(position, self.loader)
         done = 0 if position is None else int(position["count"])
-        if isinstance(self.loader, (list, tuple)):
-            return (
-                (batch, Ticket(start, count, None))
-                for count, batch in enumerate(islice(self.loader, done, None), done + 1)
-                if count <= limit
-            )
         if done:
             warn("fast-forward", self._fast_forward(done))
         with isolated_random_state() if done else nullcontext():
@@ -175,16 +218,16 @@ class OpaqueReader(Reader):
         )
 
     def _read(self, iterator: Iterator[Any], start: dict[str, Any], limit: float) -> Iterator[tuple[Any, Ticket]]:
-        for number, batch in _seeded(iterator, start["seed"], 0, limit):
+        for number, batch in _seeded(iterator, start["seed"], 0, limit, self._rank):
             yield batch, Ticket(start, number, None)
 
 
-def _seeded(iterator: Iterator[Any], seed: int, done: int, limit: float) -> Iterator[tuple[int, Any]]:
+def _seeded(iterator: Iterator[Any], seed: int, done: int, limit: float, rank: int) -> Iterator[tuple[int, Any]]:
     """Number the batches after the ``done`` first ones, each read with random numbers of its own."""
     stream = RandomStream(0)
     while done < limit:
         done += 1
-        with stream.begin(derived_seed(seed, done)):
+        with stream.begin(batch_seed(seed, done, rank)):
             try:
                 batch = next(iterator)
             except StopIteration:
@@ -211,19 +254,83 @@ class CombinedReader(Reader):
     own: with those of the program, its order would depend on how far ahead of training it is read.
     """
 
-    def __init__(self, loader: CombinedLoader, name: str) -> None:
+    def __init__(self, loader: CombinedLoader, name: str, division: Division | None = None) -> None:
         self.loader = loader
-        self._readers = [make_reader(part, name, among_others=True) for part in loader.flattened]
+        self._division = division
+        parts = None if division is None else division.told()
+        self._readers = [make_reader(part, name, among_others=True, division=parts) for part in loader.flattened]
+        self.divided = all(reader.divided for reader in self._readers)
         self.reads_ahead = all(reader.reads_ahead for reader in self._readers)
+        self._first: dict[str, Any] | None = None  # random state of rank 0, on the others
 
     def read(self, position: Position | None = None, limit: float = math.inf) -> Iterator[tuple[Any, Ticket]]:
         """See `Reader.read`."""
+        self._first = None
         if position is None:
-            seed = derived_seed(bytes(torch.default_generator.get_state().tolist()))
+            self._agree()
+            state = torch.default_generator.get_state() if self._first is None else self._first["torch"]
+            seed = derived_seed(bytes(state.tolist()))
             place = {"start": {"seed": seed}, "count": 0, "present": 0}
             place.update(ended=[False] * len(self._readers), parts=[None] * len(self._readers))
             position = place
         return (self._in_sequence if self.loader.mode == "sequential" else self._together)(position, limit)
+
+    def _agree(self) -> None:
+        """Give all ranks the random state of rank 0 for this pass: of the program, and of the loaders that are divided."""
+        division = self._division
+        if division is None or not division.divides or division.broadcast is None:
+            return
+        own = None
+        if division.leads:
+            own = capture_random_state(), [reader.rest() if reader.divided else None for reader in self._readers]
+        state, rests = division.broadcast(own)
+        if division.leads:
+            return
+        self._first = state
+        for reader, rest in zip(self._readers, rests, strict=True):
+            if rest is not None:
+                reader.take_rest(rest)
+
+    def _open(self, index: int, position: Position | None, limit: float) -> Iterator[tuple[Any, Ticket]]:
+        """Begin to read one of the loaders, or go on, with the random numbers that rank 0 does it with."""
+        if self._first is None:
+            return self._readers[index].read(position, limit)
+        with isolated_random_state():
+            restore_random_state(self._first)
+            reading = self._readers[index].read(position, limit)
+            self._first = capture_random_state()
+        return reading
+
+    def left(self, position: Position | None) -> float | None:
+        """See `Reader.left`."""
+        parts: Any = [None] * len(self._readers) if position is None else position.get("parts")
+        if parts is None:
+            return None
+        left = [reader.left(part) for reader, part in zip(self._readers, parts, strict=True)]
+        known = [each for each in left if each is not None]
+        if len(known) < len(left):
+            return None
+        if self.loader.mode == "sequential":
+            present = 0 if position is None else int(position["present"])
+            return sum(known[present:], 0.0)
+        if self.loader.mode == "min_size":
+            return min(known, default=0)
+        ended = [False] * len(left) if position is None else position["ended"]
+        return max((each for each, over in zip(known, ended, strict=True) if not over), default=0.0)
+
+    def weight(self, ticket: Ticket) -> float:
+        """The mean of the loaders' weights: how their batches make up the loss is not known."""
+        present, ended, tickets, _ = ticket.detail
+        if self.loader.mode == "sequential":
+            inside: Reader = self._readers[present]
+            return inside.weight(tickets[present])
+        over = ended if self.loader.mode == "max_size" else [False] * len(tickets)
+        weights = [
+            reader.weight(part)
+            for reader, part, gone in zip(self._readers, tickets, over, strict=True)
+            if isinstance(part, Ticket) and not gone
+        ]
+        return sum(weights) / len(weights)
 
     def position(self, ticket: Ticket) -> Position:
         """Return the tickets of all loaders as plain data."""
@@ -262,7 +369,7 @@ class CombinedReader(Reader):
             if inside is None and index > 0:
                 reading = self._apart(index, derived_seed(start["seed"], index), limit - before)
             else:
-                reading = self._readers[index].read(inside, limit - before)
+                reading = self._open(index, inside, limit - before)
             for batch, ticket in reading:
                 count += 1
                 tickets[index] = ticket
@@ -279,7 +386,7 @@ class CombinedReader(Reader):
             inside, resumed[index] = resumed[index], None
             before = tickets[index]
             if inside is not None or before is None:
-                return self._readers[index].read(inside, whole)
+                return self._open(index, inside, whole)
             begun = before.start if isinstance(before, Ticket) else before["start"]
             return self._apart(index, derived_seed(begun["seed"], "again"), whole)
 

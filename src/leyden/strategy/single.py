@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leyden.strategy.base import Strategy
+from leyden.strategy.base import Layout, Strategy
 
 
 class SingleDevice(Strategy):
-    """One process on one device: every collective is the identity."""
+    """One process on one device: every collective is the identity.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.world_size = 1
-        self.global_rank = self.local_rank = 0
+    Args:
+        device: known later, from the Trainer, if it is left out.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        if device is not None:
+            self.device = device
+
+    def settle(self, layout: Layout) -> None:
+        """Take the one device."""
+        self.device = layout.device
 
     def barrier(self, name: str | None = None) -> None:
         """Return at once: there is nobody to wait for."""
@@ -25,6 +33,18 @@ class SingleDevice(Strategy):
         """Return ``obj``."""
         return obj
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
+    def all_gather(self, tensor: Tensor, sync_grads: bool = False) -> Tensor:
         """Return ``tensor`` with a first dimension of 1."""
         return tensor.unsqueeze(0)
+
+    def reduce(self, tensor: Tensor, op: str = "mean") -> Tensor:
+        """Return ``tensor``."""
+        return tensor
+
+    def gather_objects(self, obj: Any) -> list[Any]:
+        """Return ``obj`` in a list."""
+        return [obj]
+
+    def highest(self, numbers: Sequence[int]) -> list[int]:
+        """Return ``numbers``."""
+        return list(numbers)

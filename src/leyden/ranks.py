@@ -1,0 +1,107 @@
+"""What the ranks of a run do together around the loop: download once, log from one, load the same file, draw other numbers.
+
+Each function is called by all ranks at the same place. With one rank they do what one process does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from leyden.checkpoint.find import find_and_load
+from leyden.checkpoint.format import load_checkpoint
+from leyden.data.shares import Share
+from leyden.strategy.random_state import spread_random_state
+
+if TYPE_CHECKING:
+    from leyden.callbacks import ModelCheckpoint
+    from leyden.datamodule import LightningDataModule
+    from leyden.loggers import Logger
+    from leyden.module import LightningModule
+    from leyden.strategy import Strategy
+
+__all__ = [
+    "Found",
+    "find_checkpoint",
+    "gather_predictions",
+    "prepare_data",
+    "share_loggers",
+    "share_of_data",
+    "spread_random_state",
+]
+
+Found = tuple[dict[str, Any], str]
+
+
+def prepare_data(strategy: Strategy, module: LightningModule, datamodule: LightningDataModule | None) -> None:
+    """Call `prepare_data` of datamodule and module on one rank of each machine, while the others wait.
+
+    An owner with ``prepare_data_per_node = False`` is called on one rank of all, for disks that machines share.
+    """
+    for owner in (datamodule, module):
+        per_node = getattr(owner, "prepare_data_per_node", True)
+        if owner is not None and (strategy.local_rank if per_node else strategy.global_rank) == 0:
+            owner.prepare_data()
+    strategy.barrier("prepare_data")
+
+
+def share_loggers(strategy: Strategy, loggers: Sequence[Logger]) -> Sequence[Logger]:
+    """Give the loggers of all ranks the version of rank 0's; return those that write: none but on rank 0."""
+    if strategy.world_size == 1:
+        return loggers
+    for logger in loggers:
+        version = strategy.broadcast(logger.version if strategy.is_global_zero else None)
+        if not strategy.is_global_zero:
+            logger.adopt_version(version)
+    return loggers if strategy.is_global_zero else ()
+
+
+def share_of_data(strategy: Strategy) -> Share | None:
+    """Which part of the data this rank reads; None if it reads all."""
+    if strategy.data_world_size == 1:
+        return None
+    return Share(
+        strategy.data_rank,
+        strategy.data_world_size,
+        strategy.broadcast,
+        lambda number: -strategy.highest([-number])[0],
+    )
+
+
+def find_checkpoint(
+    strategy: Strategy,
+    ckpt_path: Any,
+    callbacks: Sequence[ModelCheckpoint],
+    root: str,
+    verb: str,
+    weights_only: bool = False,
+) -> Found | None:
+    """Load the checkpoint that ``ckpt_path`` means to rank 0, on every rank; see `find_and_load`.
+
+    A run that the elastic launcher has started again goes on from its own newest checkpoint, whatever ``ckpt_path`` says.
+    """
+    if not strategy.is_global_zero:
+        path = strategy.broadcast(None)
+        return None if path is None else (load_checkpoint(path, weights_only=weights_only), path)
+    found = None
+    run_id = strategy.interrupted_run() if verb == "fit" else None
+    if run_id is not None:
+        found = find_and_load("last", callbacks, root, verb, run_id=run_id)
+    if found is None:
+        found = find_and_load(ckpt_path, callbacks, root, verb, weights_only)
+    strategy.broadcast(None if found is None else found[1])
+    return found
+
+
+def gather_predictions(strategy: Strategy, predictions: list[list[Any]]) -> list[list[Any]]:
+    """The predictions of all ranks, by loader, in the order of the data: each rank has every N-th batch."""
+    if strategy.data_world_size == 1:
+        return predictions
+    by_rank = strategy.gather_data_ranks(predictions)
+    return [interleaved([parts[loader] for parts in by_rank]) for loader in range(len(predictions))]
+
+
+def interleaved(parts: Sequence[list[Any]]) -> list[Any]:
+    """The first of each part, then the second of each, and so on; parts may end sooner than others."""
+    longest = max(map(len, parts), default=0)
+    return [part[number] for number in range(longest) for part in parts if number < len(part)]

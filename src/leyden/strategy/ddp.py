@@ -1,0 +1,186 @@
+"""DistributedDataParallel: each rank holds the whole module, gradients are averaged in the backward pass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from leyden.errors import did_you_mean, reject
+from leyden.strategy.distributed import DistributedStrategy
+
+if TYPE_CHECKING:
+    from leyden.module import LightningModule
+
+CommHook = Callable[[Any, Any], Any]
+COMM_HOOKS = ("bf16_compress", "fp16_compress", "powerSGD")
+# its name from torch 2.13 on, and before
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
+_BUCKET_BYTES = 25 << 20  # torch's own default for DDP
+
+
+class DDPStrategy(DistributedStrategy):
+    """`torch.nn.parallel.DistributedDataParallel` around the training step.
+
+    In manual optimization, where a step may run several backward passes over parts of the module, the gradients of an optimizer
+    are averaged when it steps instead.
+
+    Args:
+        find_unused_parameters: look in each step for parameters that had no part in the loss. Costs a walk over the graph.
+        static_graph: the same parameters have a part in each step: lets torch find the unused ones once, and allows
+            re-entrant checkpointing.
+        gradient_as_bucket_view: gradients share memory with what is sent (default): saves a copy of them.
+        bucket_cap_mb: size of what is sent at once, in MiB; None for torch's default.
+        broadcast_buffers: give all ranks the buffers of rank 0, such as BatchNorm's statistics, at each forward pass.
+        comm_hook: how gradients are sent: "bf16_compress" (half of the bytes), "fp16_compress", "powerSGD", or a function
+            ``hook(state, bucket) -> Future`` for ``register_comm_hook``.
+        comm_state: the hook's state; None for the process group (for "powerSGD": its default state of rank 1).
+        **options: of `DistributedStrategy`.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html
+    """
+
+    def __init__(
+        self,
+        *,
+        find_unused_parameters: bool = False,
+        static_graph: bool = False,
+        gradient_as_bucket_view: bool = True,
+        bucket_cap_mb: float | None = None,
+        broadcast_buffers: bool = True,
+        comm_hook: str | CommHook | None = None,
+        comm_state: Any = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if isinstance(comm_hook, str) and comm_hook not in COMM_HOOKS:
+            known = f"{', '.join(map(repr, COMM_HOOKS))}, a function or None"
+            reject("comm_hook", comm_hook, known, did_you_mean(comm_hook, COMM_HOOKS))
+        self.find_unused_parameters = find_unused_parameters
+        self.static_graph = static_graph
+        self.gradient_as_bucket_view = gradient_as_bucket_view
+        self.bucket_cap_mb = bucket_cap_mb
+        self.broadcast_buffers = broadcast_buffers
+        self.comm_hook = comm_hook
+        self.comm_state = comm_state
+        self._ddp: DistributedDataParallel | None = None
+
+    def wrap_training_step(self, module: LightningModule, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return DDP around the step; its construction gives every rank the weights of rank 0."""
+        self._ddp = None
+        if not module.automatic_optimization or not any(p.requires_grad for p in module.parameters()):
+            self._send_weights(module)
+            return step
+        cuda = self.device.type == "cuda"
+        buffers: dict[str, Any] = {} if self.broadcast_buffers else {_SYNC_BUFFERS: False}
+        ddp = DistributedDataParallel(
+            _Step(module, step),
+            device_ids=[self.device.index] if cuda else None,
+            find_unused_parameters=self.find_unused_parameters,
+            static_graph=self.static_graph,
+            gradient_as_bucket_view=self.gradient_as_bucket_view,
+            bucket_cap_mb=self.bucket_cap_mb,
+            **buffers,
+        )
+        self._register_comm_hook(ddp)
+        self._ddp = ddp
+        return ddp
+
+    def gradient_sync(self) -> Callable[[bool], None] | None:
+        """Tell DDP whether the next backward pass ends a window of accumulated batches: what its ``no_sync`` does."""
+        ddp = self._ddp
+        if ddp is None:
+            return None
+
+        def sync(last: bool) -> None:
+            ddp.require_backward_grad_sync = last
+
+        return sync
+
+    def reduce_gradients(self, optimizer: Optimizer) -> None:
+        """Average the gradients of one optimizer, in buckets."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        average_gradients([parameter for parameter in parameters if parameter.requires_grad], self.world_size)
+
+    def _send_weights(self, module: nn.Module) -> None:
+        with torch.no_grad():
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor.detach(), src=0)
+
+    def _register_comm_hook(self, ddp: DistributedDataParallel) -> None:
+        hook, state = self.comm_hook, self.comm_state
+        if hook is None:
+            return
+        if isinstance(hook, str):
+            from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+            if hook == "powerSGD":
+                state = state or powerSGD_hook.PowerSGDState(process_group=None, matrix_approximation_rank=1)
+                hook = powerSGD_hook.powerSGD_hook
+            else:
+                hook = getattr(default_hooks, f"{hook}_hook")
+        # torch reads a hook's annotations, and refuses those that are strings; it knows bf16_compress by its name, and refuses
+        # it on the CPU, where gloo can send it as well
+        ddp.register_comm_hook(state, lambda state, bucket: hook(state, bucket))
+
+
+class _Step(nn.Module):
+    """What DDP wraps: its forward pass is the training step, its parameters are the user's module's."""
+
+    def __init__(self, module: nn.Module, step: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module = module
+        self._step = step
+        self.training = module.training  # without telling the submodules
+
+    def forward(self, *args: Any) -> Any:
+        return self._step(*args)
+
+
+def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
+    """Average gradients over the ranks; a rank whose parameter has no gradient counts as zeros if another's has one.
+
+    Args:
+        parameters: the same on each rank, in the same order.
+        world_size: how many ranks.
+    """
+    has = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
+    if parameters and parameters[0].is_cuda:
+        has = has.to(parameters[0].device)
+    dist.all_reduce(has, dist.ReduceOp.MAX)
+    gradients = []
+    for parameter, somewhere in zip(parameters, has.tolist(), strict=True):
+        if somewhere:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        dist.all_reduce(flat)
+        flat /= world_size
+        parts = torch.split(flat, [gradient.numel() for gradient in bucket])
+        for gradient, part in zip(bucket, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
+    """Gradients of one dtype, up to 25 MiB, in order."""
+    buckets: list[list[Tensor]] = []
+    size = 0
+    for gradient in gradients:
+        if not buckets or buckets[-1][0].dtype != gradient.dtype or size + gradient.nbytes > _BUCKET_BYTES:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(gradient)
+        size += gradient.nbytes
+    return buckets

@@ -1,0 +1,115 @@
+"""What callbacks, modules and scripts may ask of a Trainer: saves, actions at a step boundary, talk among its processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor
+
+from leyden.agreement import Agreement
+from leyden.checkpoint import state
+from leyden.checkpoint.writer import Writer
+from leyden.errors import LeydenError
+from leyden.strategy import gathered
+from leyden.trainer_view import TrainerView
+
+if TYPE_CHECKING:
+    from leyden.trainer import Trainer
+
+
+class TrainerRequests(TrainerView):
+    """The public verbs beside the four: abstract, and there so that those have a page of their own."""
+
+    _writer: Writer
+    _requests: list[Callable[[], None]]
+
+    def at_step_boundary(self, action: Callable[[], None]) -> None:
+        """Call ``action`` once at the next safe place: between two steps, after the hooks that run now.
+
+        Outside of training it is called at once. Several processes must ask alike; where one may ask alone, by a clock or a
+        signal, see `shared_request`.
+        """
+        if self._run is not None and self._status.verb == "fit":
+            self._run.requests.append(action)
+        else:
+            action()
+
+    def shared_request(self, action: Callable[[], None]) -> Callable[[], None]:
+        """Return what makes all processes call their ``action`` at the same step boundary, whichever of them asks.
+
+        A callback calls this in its `setup` for `fit`, in every process.
+        """
+        self._requests.append(action)
+        return partial(self._ask, len(self._requests) - 1)
+
+    def _ask(self, index: int) -> None:
+        if self._run is not None and self._run.agreement is not None and self._status.verb == "fit":
+            self._run.agreement.ask(index)
+        else:
+            self.at_step_boundary(self._requests[index])
+
+    def make_agreement(self) -> Agreement:
+        """What the processes of a `fit` ask of each other; for the engine."""
+        return Agreement(self.strategy, list(self._requests))
+
+    def save_checkpoint(
+        self,
+        filepath: str | os.PathLike[str],
+        weights_only: bool = False,
+        wait: bool = True,
+        then: Sequence[Callable[[], object]] = (),
+    ) -> None:
+        """Write the state of the run, atomically; folders are made. All processes must call this, and the first one writes.
+
+        Args:
+            filepath: where.
+            weights_only: leave out optimizers, counters and everything else that only training needs.
+            wait: return when the file is on the disk; else as soon as the state is copied, to be written in the background.
+            then: called in order once the file is there, by the thread that wrote it.
+
+        Raises:
+            CheckpointError: naming the key of what cannot be stored.
+        """
+        module = self._module
+        if module is None:
+            raise LeydenError("save_checkpoint: this Trainer has not run a module yet.")
+        trainer = cast("Trainer", self)
+        with self.profiler.profile("save_checkpoint"), self.time_account.spent_on("checkpoints"):
+            captured = state.capture(trainer, module, self._datamodule, self._active_callbacks, self._run, weights_only)
+            if self.is_global_zero and wait:
+                self._writer.write(filepath, captured, then)
+            elif self.is_global_zero:
+                self._writer.submit(filepath, captured, then, self._raise_at_boundary)
+            if wait:
+                self.strategy.barrier("save_checkpoint")
+
+    def _raise_at_boundary(self) -> None:
+        """Called by the thread in which a write has failed: let the loop raise it."""
+        if self._run is not None:
+            self._run.requests.append(self._writer.check)
+
+    # Talk among processes: all of them must call the same, in the same order
+
+    def all_gather(self, data: Any, sync_grads: bool = False) -> Any:
+        """Return the tensors of all processes, stacked in a new first dimension of ``world_size``.
+
+        Args:
+            data: a tensor, or dicts, lists and tuples of tensors; of one shape in all processes.
+            sync_grads: whether gradients flow back to the process that a part came from.
+        """
+        return gathered(self.strategy, data, sync_grads)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return the object that process ``src`` passed in. It is pickled on the way."""
+        return self.strategy.broadcast(obj, src)
+
+    def reduce(self, tensor: Tensor, op: str = "mean") -> Tensor:
+        """Return the "mean", "sum", "min" or "max" over all processes, element by element, in every process."""
+        return self.strategy.reduce(tensor, op)
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait until every process is here."""
+        self.strategy.barrier(name)
