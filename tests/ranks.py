@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -13,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,11 +55,20 @@ def run_trainers(function: Callable[..., Any], world_size: int, *args: Any, time
 
 
 def _in_processes(target: Callable[..., None], calls: list[tuple[Any, ...]], timeout_s: float) -> list[Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        stacks = [Path(folder, str(rank)) for rank in range(len(calls))]
+        return _gathered(target, calls, stacks, timeout_s)
+
+
+def _gathered(
+    target: Callable[..., None], calls: list[tuple[Any, ...]], stacks: list[Path], timeout_s: float
+) -> list[Any]:
     pipes = [_FORK.Pipe(duplex=False) for _ in calls]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking where there are threads
         processes = [
-            _FORK.Process(target=target, args=(send, *call)) for call, (_, send) in zip(calls, pipes, strict=True)
+            _FORK.Process(target=_showing_stacks, args=(stack, target, send, *call))
+            for call, (_, send), stack in zip(calls, pipes, stacks, strict=True)
         ]
         for process in processes:
             process.start()
@@ -68,7 +80,8 @@ def _in_processes(target: Callable[..., None], calls: list[tuple[Any, ...]], tim
     for rank, (receive, _) in enumerate(pipes):
         try:
             ready = receive.poll(max(0.0, until - time.monotonic()))
-            failed, results[rank] = pickle.loads(receive.recv_bytes()) if ready else (True, f"not over after {timeout_s} s")
+            late = None if ready else f"not over after {timeout_s} s, in\n{_stack_of(processes[rank], stacks[rank])}"
+            failed, results[rank] = pickle.loads(receive.recv_bytes()) if late is None else (True, late)
         except EOFError:
             failed, results[rank] = True, "ended without a result"
         if failed:
@@ -80,6 +93,19 @@ def _in_processes(target: Callable[..., None], calls: list[tuple[Any, ...]], tim
             process.join()
     assert not problems, "\n".join(problems)
     return results
+
+
+def _showing_stacks(stack: Path, target: Callable[..., None], *args: Any) -> None:
+    with stack.open("w") as file:
+        faulthandler.register(signal.SIGUSR2, file, all_threads=True)
+        target(*args)
+
+
+def _stack_of(process: Any, stack: Path) -> str:
+    """Where the threads of a process are, which waits for something."""
+    os.kill(process.pid, signal.SIGUSR2)
+    time.sleep(0.5)
+    return stack.read_text()
 
 
 def _torchrun_rank(

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1] / "src" / "leyden"
 # A module may import its own level and those above it in this list, never one below; the longest prefix counts.
 # The root package is no level: nothing inside imports it.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "device", "memory", "progress", "seed", "buffers", "account", "device_time"),
+    ("errors", "device", "memory", "progress", "seed", "buffers", "account", "device_time", "xla", "shards"),
     (
         "precision",
         "data",
@@ -53,7 +53,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "checkpoint.retention",
     ),
     ("module", "module_hooks", "module_ranks", "datamodule", "callbacks"),
-    ("sources", "defaults", "run", "checkpoint", "explain", "compiled", "lifecycle", "planner"),
+    ("sources", "defaults", "run", "keep_up", "checkpoint", "explain", "compiled", "lifecycle", "planner"),
     ("policies", "halving", "ranks"),
     ("assemble",),
     ("loop",),

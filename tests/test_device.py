@@ -77,7 +77,8 @@ def test_an_absent_accelerator_is_refused_with_the_reason_and_the_mend(
 )
 def test_an_unknown_accelerator_is_refused(accelerator: Any, hint: str, tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigurationError, match=rf"accelerator=.* is not valid\. Allowed: 'auto', 'gpu', 'cuda', 'mps', .*'cpu'.*{hint}"
+        ConfigurationError,
+        match=rf"accelerator=.* is not valid\. Allowed: 'auto', 'gpu', 'cuda', 'mps', .*'cpu'.*{hint}",
     ):
         leyden.Trainer(accelerator=accelerator, default_root_dir=tmp_path, logger=False)
 
@@ -129,21 +130,25 @@ def test_the_cpu_has_as_many_processes_as_are_asked_for() -> None:
 @pytest.mark.parametrize("devices", [4, "4"])
 def test_more_devices_than_there_are_are_refused(devices: Any, present: Callable[..., None]) -> None:
     present(cuda=3)
-    with pytest.raises(ConfigurationError, match=r"devices=.* Allowed: 1 to 3, because this machine has so many"):
+    with pytest.raises(ConfigurationError, match=r"devices=.* Allowed: 1 to 3"):
         resolve_device("cuda", devices)
 
 
 @pytest.mark.parametrize("devices", [0, "0", -2, True, False, 1.0, [], "", "one", "a,b", [True], ["0"], None, {0}])
 def test_other_forms_of_devices_are_refused(devices: Any, present: Callable[..., None]) -> None:
     present(cuda=3)
-    with pytest.raises(ConfigurationError, match=r"devices=.* is not valid\. Allowed: 'auto', a number of devices, -1 for all"):
+    with pytest.raises(
+        ConfigurationError, match=r"devices=.* is not valid\. Allowed: 'auto', a number of devices, -1 for all"
+    ):
         resolve_device("cuda", devices)
 
 
 @pytest.mark.parametrize("devices", [[3], [-1], "3,", (7,), [0, 0], [0, 3]])
 def test_an_index_that_does_not_exist_is_refused(devices: Any, present: Callable[..., None]) -> None:
     present(cuda=3)
-    with pytest.raises(ConfigurationError, match=r"devices=.* Allowed: indices from 0 to 2, each once, for accelerator 'cuda'"):
+    with pytest.raises(
+        ConfigurationError, match=r"devices=.* Allowed: indices from 0 to 2, each once, for accelerator 'cuda'"
+    ):
         resolve_device("cuda", devices)
 
 
@@ -169,7 +174,7 @@ def test_the_trainer_and_the_module_say_where_they_are(tmp_path: Path) -> None:
     assert (trainer.is_global_zero, trainer.global_rank, trainer.local_rank) == (True, 0, 0)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", None, 3])
+@pytest.mark.parametrize("strategy", ["dp", "zero", None, 3])
 def test_an_unknown_strategy_is_refused(strategy: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"strategy=.* is not valid\. Allowed: 'auto', 'single_device'"):
         leyden.Trainer(accelerator="cpu", strategy=strategy, default_root_dir=tmp_path, logger=False)

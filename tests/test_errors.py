@@ -20,6 +20,7 @@ TREE: dict[str, tuple[type[BaseException], ...]] = {
     "DataError": (LeydenError, ValueError),
     "MetricError": (LeydenError, ValueError),
     "CheckpointError": (LeydenError, RuntimeError),
+    "RankError": (LeydenError, RuntimeError),
     "LeydenWarning": (UserWarning,),
 }
 

@@ -24,7 +24,7 @@ from leyden.strategy import SingleDevice
 
 torch.set_num_threads(1)
 
-ARGUMENTS = """accelerator strategy devices num_nodes precision logger callbacks fast_dev_run max_epochs min_epochs max_steps
+ARGUMENTS = """accelerator strategy devices num_nodes max_restarts precision logger callbacks fast_dev_run max_epochs min_epochs max_steps
 min_steps max_time limit_train_batches limit_val_batches limit_test_batches limit_predict_batches overfit_batches
 val_check_interval check_val_every_n_epoch num_sanity_val_steps log_every_n_steps enable_checkpointing
 enable_progress_bar enable_model_summary accumulate_grad_batches gradient_clip_val gradient_clip_algorithm deterministic
@@ -58,6 +58,7 @@ GOOD: dict[str, list[Any]] = {
     "strategy": ["auto", "single_device", SingleDevice(torch.device("cpu"))],
     "devices": ["auto", 1, "1", [0], "0,", (0,), -1],
     "num_nodes": [1],
+    "max_restarts": [0, 3],
     "precision": [None, 16, 32, 64, "16", "32", "64", "bf16", *PRECISIONS, PRECISIONS["bf16-mixed"]],
     "logger": [None, True, False, CSVLogger("unused"), [CSVLogger("unused")], []],
     "callbacks": [None, [], Timer(), [Timer(), Callback()], (Timer(),)],
@@ -113,10 +114,11 @@ NOT_A_SWITCH: list[Any] = ["yes", 2, 1.0, 0, 1]
 
 # argument: (bad values, what the message says is allowed)
 BAD: dict[str, tuple[list[Any], str]] = {
-    "accelerator": (["tpux", 5, None, True], "'auto', 'gpu', 'cuda', 'mps', 'cpu'"),
+    "accelerator": (["tpux", 5, None, True], "'auto', 'gpu', 'cuda', 'mps', 'tpu', 'cpu'"),
     "strategy": (["ddpp", 3, None], "single_device"),
-    "devices": ([0, True, "x", [], [7], -2, 1.0, None, ["a"], ""], "auto|an index from 0 to 0"),
+    "devices": ([0, True, "x", [], [7], -2, 1.0, None, ["a"], ""], "auto|an index from 0 to 0|indices from 0 to 0"),
     "num_nodes": ([0, -1, *NOT_WHOLE], "an integer ≥ 1"),
+    "max_restarts": ([-1, *NOT_WHOLE], "an integer ≥ 0"),
     "precision": (["fp17", 8, True, "16-mixd", 1.5], "'bf16-mixed'"),
     "logger": (["tensorboard", 5, [1], CSVLogger], "True, False, a leyden.loggers.Logger"),
     "callbacks": ([5, [5], Timer, [Timer], "timer"], "a leyden.Callback"),
@@ -206,17 +208,17 @@ def test_an_accelerator_that_is_not_here_is_refused_with_the_reason(
         make(accelerator=accelerator)
 
 
-@pytest.mark.parametrize("devices", [2, [0, 1], "0,1", "2"])
-def test_several_devices_are_refused_with_what_this_version_does(devices: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"this version trains on one. Use devices=1"):
+@pytest.mark.parametrize("devices", [[0, 1], "0,1"])
+def test_the_cpu_has_no_second_index(devices: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"devices=.*indices from 0 to 0, each once, for accelerator 'cpu'"):
         make(devices=devices)
 
 
-def test_what_this_version_does_not_do_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"num_nodes=2 .*this version trains on one device"):
-        make(num_nodes=2)
-    with pytest.raises(ConfigurationError, match=r"sync_batchnorm=True .*one device has nothing to synchronise"):
-        make(sync_batchnorm=True)
+def test_machines_and_processes_are_counted() -> None:
+    assert make(devices=2).world_size == 2
+    assert make(devices="3", num_nodes=2).world_size == 6
+    assert make(devices=2).num_devices == 2
+    assert make(devices=2, max_restarts=3).max_restarts == 3
 
 
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {

@@ -411,6 +411,8 @@ def test_one_process_on_one_device() -> None:
     assert trainer.is_global_zero
     assert (trainer.global_rank, trainer.local_rank, trainer.world_size) == (0, 0, 1)
     assert (trainer.num_nodes, trainer.num_devices, trainer.device) == (1, 1, torch.device("cpu"))
+    assert trainer.layout.world_size == 1
+    assert trainer.max_restarts == 0
 
 
 def test_should_stop_is_heeded_at_the_step_boundary_and_forgotten_by_the_next_fit() -> None:

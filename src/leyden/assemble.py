@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from leyden import xla
 from leyden.callbacks.callback import Callback
 from leyden.data.loader import Move, Source
 from leyden.data.transfer import DeviceMove, move_to_device
@@ -20,6 +20,7 @@ from leyden.datamodule import LightningDataModule
 from leyden.errors import ConfigurationError, HookError, NonFiniteError, reject, warn
 from leyden.fused import KernelChoice, choose_kernels
 from leyden.hooks import Resolver, check_names, overridden, step_arity
+from leyden.keep_up import batches_in_step
 from leyden.metrics import Metrics
 from leyden.module import LightningModule
 from leyden.optimizers import LightningOptimizer, clip_gradients, needs_closure, normalize_optimizers, zero_grad_of
@@ -214,6 +215,8 @@ def make_run(parts: Parts, reload_loaders: Callable[[Run], None]) -> Run:
 
         owns = partial(overridden, module, base=LightningModule)
         run.compiled = make_compilation(run, settings, owns, wraps(parts.profiler))
+    if parts.device.type == "xla":
+        xla.sync_each_step(run)
     profile_run(run, parts.profiler)
     run.account.compiles = settings.compile is not False
     return run
@@ -225,6 +228,8 @@ def _join_ranks(run: Run, parts: Parts) -> None:
         return
     run.agreement = parts.resolver.trainer.make_agreement()
     run.sync_gradients = parts.strategy.gradient_sync()
+    if not parts.strategy.in_step:  # an epoch's hooks, as an evaluation, see weights that stand still
+        run.hooks.on_train_epoch_end = (parts.strategy.barrier, *run.hooks.on_train_epoch_end)
     run.agrees_on_skipping = any(
         not getattr(hook, "__module__", "").startswith("leyden.") for hook in run.hooks.on_train_batch_start
     )
@@ -364,13 +369,10 @@ def make_evaluation(
             f"{type(module).__name__} has neither predict_step nor forward, so there is nothing to run. Define one."
         )
     arity = step_arity(module, name, several) if overridden(module, name, LightningModule) else 1
-    no_grad: Callable[[], AbstractContextManager[Any]] = (
-        torch.inference_mode if parts.settings.inference_mode else torch.no_grad
-    )
     evaluation = Evaluation(
         module=module,
         stage=stage,
-        step=getattr(module, name),
+        step=parts.strategy.wrap_evaluation_step(module, getattr(module, name)),
         arity=arity,
         hooks=parts.resolver.evaluation(stage, several),
         sources=sources,
@@ -379,13 +381,18 @@ def make_evaluation(
         outlet=parts.outlet,
         status=parts.status,
         step_context=parts.settings.precision.step_context(parts.device.type),
-        no_grad=no_grad,
+        no_grad=partial(parts.strategy.evaluation_context, parts.settings.inference_mode),
         own_eval=overridden(module, f"on_{stage}_model_eval", LightningModule),
         own_train=overridden(module, f"on_{stage}_model_train", LightningModule),
         predictions=[[] for _ in sources] if keep_predictions else None,
         records_indices=record_indices,
         epoch_batch_indices=[[] for _ in sources],
+        in_step=partial(batches_in_step, parts.strategy) if parts.strategy.communicates_in_forward else None,
     )
+    if parts.device.type == "xla":
+        xla.sync_each_batch(evaluation)
+    if not parts.strategy.in_step:
+        evaluation.hooks.start = (parts.strategy.barrier, *evaluation.hooks.start)
     profile_evaluation(evaluation, parts.profiler)
     return evaluation
 
@@ -406,7 +413,7 @@ def attach_sources(
     """
     run.source = sources.train()
     validation = sources.validation()
-    run.validation = make(validation) if validation and any(source.total for source in validation) else None
+    run.validation = make(validation) if validation and any(source.most for source in validation) else None
     before = run.schedule
     run.schedule = make_schedule(settings, run.source.total, before) if run.validation is not None else None
     if run.agreement is not None and run.schedule is not None and run.schedule is not before:

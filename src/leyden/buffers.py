@@ -32,7 +32,7 @@ class BufferBackup:
         if [*map(_kind, self._live)] != [*map(_kind, self._copies)]:
             self._copies = [torch.empty_like(buffer) for buffer in self._live]
         if self._live:
-            torch._foreach_copy_(self._copies, self._live)
+            copy_values(self._copies, self._live)
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -40,7 +40,17 @@ class BufferBackup:
         for (buffers, name), original in zip(self._places or (), self._originals, strict=True):
             buffers[name] = original
         if self._live:
-            torch._foreach_copy_(self._live, self._copies)
+            copy_values(self._live, self._copies)
+
+
+def copy_values(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy the values of tensors into others of their shapes, in one call.
+
+    torch_xla 2.9 would let both have one buffer, and free it when either is changed in place («buffer is deleted»). What is
+    computed, if only by a product with 1, gets a buffer of its own.
+    """
+    apart = [source * 1 if source.device.type == "xla" else source for source in sources]
+    torch._foreach_copy_(targets, apart)
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:

@@ -139,7 +139,9 @@ def _indices(devices: object, kind: Accelerator, ranks: int | None) -> tuple[lis
         return list(range(count)), count
     if type(wanted) is int and wanted > 0:
         if wanted > count and kind.name != "cpu":
-            why = "one process drives one TPU core" if kind.name == "tpu" else f"so many {kind.name!r} are here"
+            why = f"this machine has so many of accelerator {kind.name!r}"
+            if kind.name == "tpu":
+                why = "one process drives one TPU core"
             reject("devices", devices, f"1 to {count}, because {why}")
         return list(range(wanted)), wanted
     if isinstance(wanted, (list, tuple)) and wanted and all(type(index) is int for index in wanted):

@@ -352,7 +352,7 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     groups += saved["param_groups"][len(groups) :]
     optimizer.load_state_dict({**saved, "param_groups": groups})
     for parameter, state in _states(optimizer):
-        if torch.ops.aten.is_non_overlapping_and_dense(parameter):
+        if type(parameter) in (Tensor, nn.Parameter) and torch.ops.aten.is_non_overlapping_and_dense(parameter):
             lay_out_state(parameter, state)
 
 

@@ -150,7 +150,7 @@ def closure_batch(run: Run, batch: Any, batch_idx: int) -> Any:
     """Train on one batch where the optimizer, or the user's `optimizer_step`, calls for the gradients itself."""
     progress = run.progress
     if run.reevaluates:
-        run.held.append((batch, batch_idx))
+        run.held.append((batch, batch_idx, run.weight))
         if len(run.held) < run.window:
             progress.micro_batch = len(run.held)
             return None
@@ -160,7 +160,7 @@ def closure_batch(run: Run, batch: Any, batch_idx: int) -> Any:
         run.account.lap("forward and backward")
         return output
     else:
-        batches, first = [(batch, batch_idx)], progress.micro_batch
+        batches, first = [(batch, batch_idx, run.weight)], progress.micro_batch
     outputs: list[Any] = []
     skipped_before = (progress.skipped_in_window, progress.skipped_batches)
 
@@ -169,8 +169,8 @@ def closure_batch(run: Run, batch: Any, batch_idx: int) -> Any:
         progress.micro_batch = first
         progress.skipped_in_window, progress.skipped_batches = skipped_before
         total: Tensor | None = None
-        for held_batch, held_idx in batches:
-            run.metrics.begin_batch(held_batch, held_idx)
+        for held_batch, held_idx, run.weight in batches:
+            run.metrics.begin_batch(held_batch, held_idx, run.weight)
             outputs.append(forward_backward(run, held_batch, held_idx))
             if run.loss is not None:
                 total = run.loss if total is None else total + run.loss
@@ -329,7 +329,11 @@ def evaluate(run: Evaluation) -> None:
             metrics.begin_dataloader(dataloader_idx if several else None)
             set_epoch(source.loader, 0)
             which = (dataloader_idx,) if several else ()
-            for batch_idx, (batch, _) in enumerate(source.batches(run.move, dataloader_idx)):
+            if run.in_step is None or source.even:
+                reading = source.batches(run.move, dataloader_idx)
+            else:
+                reading = run.in_step(run, source, dataloader_idx)
+            for batch_idx, (batch, _) in enumerate(reading):
                 metrics.begin_batch(batch, batch_idx)
                 note_indices(run, dataloader_idx)
                 for hook in hooks.batch_start:

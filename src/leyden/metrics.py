@@ -7,16 +7,15 @@ several ranks `over_ranks`, which does the same before it gathers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from leyden.data.transfer import batch_size_of
 from leyden.errors import MetricError, did_you_mean, warn
-from leyden.metric_ranks import copied_states
 from leyden.metrics_state import restore_metric_objects
-from leyden.over_ranks import Combined, Gather, OverRanks
 from leyden.series import (
     NAMED_REDUCTIONS,
     MetricObject,
@@ -31,6 +30,9 @@ from leyden.series import (
     same,
     to_floats,
 )
+
+if TYPE_CHECKING:
+    from leyden.over_ranks import Combined, Gather, OverRanks
 
 __all__ = ["Metrics", "Reduction", "Value", "as_tensors", "missing_metric", "to_floats"]
 
@@ -67,18 +69,18 @@ class Metrics:
         self._batch_idx = 0
         self._batch_size: int | None = None
         self._counts = True
-        self._gather, self._module = gather, module
-        self._warned: set[str] = set()
-        self._ranks = self._train_ranks = self._over_ranks()
+        self._module = module
+        self._ranks: OverRanks | None = None
+        if gather is not None:
+            from leyden.over_ranks import OverRanks
+
+            self._ranks = OverRanks(gather, module)
         self._agreed: dict[
             str, tuple[int, Combined, Value]
         ] = {}  # training's step values over ranks, and as of which stamp
         self._kept_objects: dict[str, Any] | None = (
             None  # the metric objects' states before a batch that does not count
         )
-
-    def _over_ranks(self) -> OverRanks | None:
-        return None if self._gather is None else OverRanks(self._gather, self._module, self._warned)
 
     # The loop says where it is
 
@@ -115,6 +117,8 @@ class Metrics:
         self._batch_size = None
         self._counts = weight != 0
         if not self._counts and self._module is not None:
+            from leyden.metric_ranks import copied_states
+
             self._kept_objects = copied_states(self._module)
 
     def _end_batch(self) -> None:
@@ -126,7 +130,6 @@ class Metrics:
     def begin_evaluation(self) -> None:
         """Open an evaluation; training's unfinished epoch is left as it is."""
         self._active = {}
-        self._ranks = self._over_ranks()
         self._training = False
         self.enter_epoch_hooks()
 
@@ -138,10 +141,13 @@ class Metrics:
         """Close an evaluation and return to training's series."""
         self._end_batch()
         self._active = self._train
-        self._ranks = self._train_ranks
         self._training = True
         self._dataloader_idx = None
         self._batch = None
+
+    def compact(self, at: int) -> bool:
+        """Sum what means and the like hold now, where it is ``at`` values or more; whether there was one. See `leyden.xla`."""
+        return sum(series.compact(at) for series in self._active.values()) > 0
 
     # What the policies for steps that go wrong ask
 
@@ -213,7 +219,10 @@ class Metrics:
         if not self._counts:
             return
         if self._ranks is not None:
-            series.latest_weight = self._weight_among_ranks(batch_size) if on_step else weight
+            series.latest_weight = weight
+            if on_step and weight == 1.0:
+                with suppress(MetricError):  # nothing in the batch has a size, which a step value does not need
+                    series.latest_weight = batch_size if batch_size is not None else self._size_of_batch()
             series.latest_at = (self._dataloader_idx or 0, self._batch_idx)
         series.add(value, weight)
         if on_step and logger and not self._training:
@@ -235,12 +244,6 @@ class Metrics:
         if self._batch_size is None:
             self._batch_size = batch_size_of(self._batch)
         return self._batch_size
-
-    def _weight_among_ranks(self, batch_size: int | None) -> float:
-        try:
-            return batch_size if batch_size is not None else self._size_of_batch()
-        except MetricError:  # nothing in the batch has a size, which a step value does not need in one process
-            return 1.0
 
     def _open(self, name: str, key: str, flags: tuple[Any, ...], value: Any, dataloader_idx: int | None) -> Series:
         if self._where is None:
@@ -292,15 +295,13 @@ class Metrics:
         """
         values: dict[str, Value] = {}
         fresh = {key: one for key, one in self._train.items() if one.fresh and one.on_step}
-        if self._train_ranks is None:
-            for series in fresh.values():
-                if series.logger and series.latest is not None:
-                    values[fork(series, "step")] = series.latest
-                    series.fresh = False
-            return values
         for series in fresh.values():
-            series.fresh = False
-        for key, one in self._train_ranks.steps(fresh).items():
+            if self._ranks is not None:
+                series.fresh = False
+            elif series.logger and series.latest is not None:
+                values[fork(series, "step")] = series.latest
+                series.fresh = False
+        for key, one in self._ranks.steps(fresh).items() if self._ranks is not None else ():
             if one.latest is not None:
                 self._agree(key, one, one.latest)
                 if one.logger:
@@ -453,8 +454,8 @@ class Metrics:
         self._logged = dict.fromkeys(state["logged"])
         self._train.clear()
         self._agreed.clear()
-        if self._train_ranks is not None:
-            self._train_ranks.forget()
+        if self._ranks is not None:
+            self._ranks.forget()
         for each in state["series"]:
             self._train[each["name"]] = Series.restored(each, unpacked, module)
 

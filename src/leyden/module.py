@@ -17,6 +17,8 @@ from leyden.module_ranks import ModuleRanks
 from leyden.optimizers import LightningOptimizer, Toggle, clip_gradients
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from leyden.callbacks.callback import Callback
     from leyden.loggers import Logger
     from leyden.metrics import Metrics, Reduction
@@ -39,7 +41,7 @@ class LightningModule(ModuleRanks):
 
     __jit_unused_properties__: ClassVar[list[str]] = [
         "trainer", "current_epoch", "global_step", "global_rank", "local_rank", "device", "dtype", "logger", "loggers",
-        "hparams", "hparams_initial", "on_gpu",
+        "hparams", "hparams_initial", "on_gpu", "device_mesh",
     ]  # fmt: skip
 
     if TYPE_CHECKING:  # TorchScript would want to compile these types
@@ -420,6 +422,11 @@ class LightningModule(ModuleRanks):
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
         self.__dict__["_trainer"] = trainer
+
+    @property
+    def device_mesh(self) -> DeviceMesh | None:
+        """The mesh of devices that `configure_model` may divide the module over; None if the strategy has none."""
+        return self._trainer.strategy.device_mesh if self._trainer is not None else None
 
     @property
     def current_epoch(self) -> int:

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from leyden.errors import ConfigurationError, did_you_mean
 from leyden.precision import LossScaler, has_gradients
+from leyden.shards import clip_norm, clip_value, is_sharded
 
 CLIP_ALGORITHMS = ("norm", "value")
 
@@ -200,7 +201,10 @@ def clip_gradients(optimizer: Optimizer, clip_val: float, algorithm: str = "norm
         clip_val: the largest norm of all gradients together, or the largest absolute value of each element.
         algorithm: "norm" or "value".
     """
-    if algorithm == "value":
+    gradients = [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
+    if any(map(is_sharded, gradients)):
+        (clip_value if algorithm == "value" else clip_norm)(gradients, clip_val)
+    elif algorithm == "value":
         torch.nn.utils.clip_grad_value_(parameters_of(optimizer), clip_val)
     else:
         torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), clip_val)
@@ -363,8 +367,11 @@ class LightningOptimizer:
             self.zero_grad()
         # Only into its own parameters: a generator's loss would also fill the discriminator's gradients, in mid-window.
         own = [parameter for parameter in parameters_of(self.optimizer) if parameter.requires_grad]
-        into = {"inputs": own} if self._others else {}
-        self._backward(loss if accumulate_grad_batches == 1 else loss / accumulate_grad_batches, **into)
+        part = loss if accumulate_grad_batches == 1 else loss / accumulate_grad_batches
+        if any(map(is_sharded, own)):
+            self._backward_apart(part)
+        else:
+            self._backward(part, **({"inputs": own} if self._others else {}))
         self._accumulated += 1
         if self._accumulated < accumulate_grad_batches:
             return False
@@ -376,6 +383,16 @@ class LightningOptimizer:
             clip_gradients(self.optimizer, gradient_clip_val, gradient_clip_algorithm)
         self._apply()
         return True
+
+    def _backward_apart(self, loss: Tensor) -> None:
+        """Leave the gradients of others as they are where autograd cannot: the graph has gathered parameters, not ours."""
+        others = {parameter for other in self._others for parameter in parameters_of(other)}
+        kept = [(parameter, parameter.grad) for parameter in others.difference(parameters_of(self.optimizer))]
+        for parameter, _ in kept:
+            parameter.grad = None
+        self._backward(loss)
+        for parameter, gradient in kept:
+            parameter.grad = gradient
 
     def window_state(self) -> dict[str, Any] | None:
         """The gradients of a window that `minimize` has begun and not ended, for a checkpoint; None between two."""

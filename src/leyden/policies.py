@@ -6,7 +6,6 @@ nothing to call.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -23,7 +22,9 @@ from leyden.checkpoint.store import list_checkpoints
 from leyden.errors import CheckpointError, ConfigurationError, NonFiniteError, warn
 from leyden.halving import Halving
 from leyden.optimizers import parameters_of
+from leyden.ranks import read_checkpoint
 from leyden.run import Mode, Run
+from leyden.shards import local_part
 
 if TYPE_CHECKING:
     from leyden.callbacks import Callback, ModelCheckpoint
@@ -103,13 +104,18 @@ def advise(error: BaseException, run: Run | None, settings: Settings) -> None:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every element of all tensors is finite: one pass over them, and one wait for the device."""
-    strided = [tensor.detach() if tensor.layout is torch.strided else tensor.coalesce().values() for tensor in tensors]
+    """Whether every element of all tensors is finite: one pass over them, and one wait for the device.
+
+    Of those that ranks have parts of, this rank's part is looked at.
+    """
+    parts = [local_part(tensor.detach()) for tensor in tensors]
+    strided = [part if part.layout is torch.strided else part.coalesce().values() for part in parts]
     filled = [tensor for tensor in strided if tensor.numel()]
     if nn.utils.get_total_norm(filled).isfinite():  # NaN and inf carry over to the norm
         return True
-    # The squares of large numbers overflow, their largest absolute value does not; on a CPU it takes 20 times as long.
-    return bool(nn.utils.get_total_norm(filled, math.inf).isfinite())
+    # The squares of large numbers overflow. Each element is asked, because torch_xla 2.9 loses NaN in the largest absolute value.
+    answers = [tensor.isfinite().all() for tensor in filled]
+    return bool(torch.stack([answer.to(answers[0].device) for answer in answers]).all())
 
 
 class FiniteGuard:
@@ -261,8 +267,8 @@ def roll_back(run: Run, trainer: Trainer, callbacks: Sequence[Callback], found: 
     progress, before = run.progress, run.progress.global_step
     path, checkpoint = _newest_checkpoint(trainer) if trainer.is_global_zero else (None, {})
     path = run.strategy.broadcast(path)
-    if path is not None and not checkpoint:
-        checkpoint = load_checkpoint(path)
+    if path is not None and (not checkpoint or run.strategy.shards_state):
+        checkpoint = read_checkpoint(run.strategy, run.module, path)
     if path is None:
         raise NonFiniteError(
             f"{found} nan_policy='rollback': this training has written no checkpoint yet that it could go back to. Save "

@@ -5,15 +5,19 @@ Each function is called by all ranks at the same place. With one rank they do wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from leyden.checkpoint.find import find_and_load
-from leyden.checkpoint.format import load_checkpoint
+from leyden.checkpoint.format import contents, load_checkpoint, opened, read_about, verify
 from leyden.data.shares import Share
+from leyden.shards import is_sharded
 from leyden.strategy.random_state import spread_random_state
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from leyden.callbacks import ModelCheckpoint
     from leyden.datamodule import LightningDataModule
     from leyden.loggers import Logger
@@ -25,6 +29,7 @@ __all__ = [
     "find_checkpoint",
     "gather_predictions",
     "prepare_data",
+    "read_checkpoint",
     "share_loggers",
     "share_of_data",
     "spread_random_state",
@@ -70,6 +75,7 @@ def share_of_data(strategy: Strategy) -> Share | None:
 
 def find_checkpoint(
     strategy: Strategy,
+    module: LightningModule,
     ckpt_path: Any,
     callbacks: Sequence[ModelCheckpoint],
     root: str,
@@ -79,18 +85,60 @@ def find_checkpoint(
     """Load the checkpoint that ``ckpt_path`` means to rank 0, on every rank; see `find_and_load`.
 
     A run that the elastic launcher has started again goes on from its own newest checkpoint, whatever ``ckpt_path`` says.
+    Where ranks have parts of the module, each reads its part of the checkpoint.
     """
-    if not strategy.is_global_zero:
-        path = strategy.broadcast(None)
-        return None if path is None else (load_checkpoint(path, weights_only=weights_only), path)
     found = None
-    run_id = strategy.interrupted_run() if verb == "fit" else None
-    if run_id is not None:
-        found = find_and_load("last", callbacks, root, verb, run_id=run_id)
-    if found is None:
-        found = find_and_load(ckpt_path, callbacks, root, verb, weights_only)
-    strategy.broadcast(None if found is None else found[1])
-    return found
+    if strategy.is_global_zero:
+        load: Callable[..., dict[str, Any]] = load_checkpoint
+        if strategy.shards_state:
+            load = _read_through if ckpt_path == "last" else _look_at
+        run_id = strategy.interrupted_run() if verb == "fit" else None
+        if run_id is not None:
+            whole = _read_through if strategy.shards_state else load_checkpoint
+            found = find_and_load("last", callbacks, root, verb, run_id=run_id, load=whole)
+        if found is None:
+            found = find_and_load(ckpt_path, callbacks, root, verb, weights_only, load=load)
+    path = strategy.broadcast(None if found is None else found[1])
+    if path is None:
+        return None
+    if found is not None and not strategy.shards_state:
+        return found
+    return read_checkpoint(strategy, module, path, weights_only), path
+
+
+def read_checkpoint(
+    strategy: Strategy, module: LightningModule, path: str, weights_only: bool = False
+) -> dict[str, Any]:
+    """Load one checkpoint on every rank: whole, or this rank's part of it."""
+    if not strategy.shards_state:
+        return load_checkpoint(path, weights_only=weights_only)
+    from leyden.checkpoint.sharded import load_sharded, templates_for
+
+    named = templates_for(module)
+    # there are no optimizers yet; their states are cut like any parameter of their shape, and exchanged if that was another
+    alike = {each.shape: each for each in module.parameters() if is_sharded(each)}
+
+    def template(name: str, shape: torch.Size) -> Tensor | None:
+        return alike.get(shape) if name.startswith("optimizer") else named(name, shape)
+
+    return load_sharded(path, template, strategy.host_group, weights_only)
+
+
+def _look_at(path: str, weights_only: bool = False) -> dict[str, Any]:
+    """See that there is a checkpoint; each rank will read and verify its own part."""
+    read_about(path)
+    return {}
+
+
+def _read_through(path: str, weights_only: bool = False) -> dict[str, Any]:
+    """See that a checkpoint is whole, one tensor after the other, and keep nothing."""
+    with opened(path) as file:
+        _, checksums = contents(file.metadata, weights_only)
+        for name in file.entries:
+            tensor = file.read(name)
+            if name not in getattr(file, "sharded", ()):  # which are verified when they are read
+                verify(name, tensor, checksums)
+    return {}
 
 
 def gather_predictions(strategy: Strategy, predictions: list[list[Any]]) -> list[list[Any]]:

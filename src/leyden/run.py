@@ -6,7 +6,7 @@ import enum
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -105,6 +105,8 @@ class Evaluation:
         predictions: where `predict` keeps what steps return, one list per loader; None if nothing is kept.
         records_indices: whether sample indices are kept, for prediction writers.
         batch_indices: sample indices of the present batch.
+        in_step: gives the batches of a loader of which ranks may have different numbers, where each rank takes part in the
+            forward passes of all; None where each is on its own.
     """
 
     module: LightningModule
@@ -125,6 +127,7 @@ class Evaluation:
     records_indices: bool = False
     batch_indices: list[int] | None = None
     epoch_batch_indices: list[list[list[int]]] = field(default_factory=list)
+    in_step: Callable[[Evaluation, Source, int], Iterator[tuple[Any, int]]] | None = None
 
     @property
     def logs(self) -> bool:
@@ -267,7 +270,7 @@ class Run:
     guard: FiniteGuard | None = None
     halving: Halving | None = None
     compiled: Compilation | MeasuredCompilation | None = None
-    held: list[tuple[Any, int]] = field(default_factory=list)
+    held: list[tuple[Any, int, float]] = field(default_factory=list)
     loss: Tensor | None = None
     stepped: bool = False
     moved: bool = True
@@ -338,7 +341,9 @@ class Run:
 
     def mean_loss(self, loss: Tensor | None) -> Tensor | None:
         """The loss for an optimizer that looks at it: the mean over ranks, so that all take the same step."""
-        return loss if loss is None or self.agreement is None else self.strategy.reduce(loss)
+        if loss is None or self.agreement is None or not self.strategy.in_step:
+            return loss
+        return self.strategy.reduce(loss)
 
     def refuse_lone_skip(self) -> None:
         """Raise where a rank would skip its batch while others wait for its gradients.
@@ -346,7 +351,7 @@ class Run:
         Raises:
             StepError: if there are several ranks.
         """
-        if self.agreement is not None:
+        if self.agreement is not None and self.strategy.in_step:
             raise StepError(
                 f"training_step returned None on rank {self.strategy.global_rank} of {self.strategy.world_size}, in "
                 f"{self.progress.where()}. One rank alone cannot skip a batch, because the others wait for its gradients. Return "

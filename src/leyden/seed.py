@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from leyden import xla
 from leyden.errors import reject
 
 SEED_VARIABLE = "PL_GLOBAL_SEED"
@@ -48,6 +49,7 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
 
         np.random.seed(value)
     torch.manual_seed(value)
+    xla.seed(value)
     if verbose:
         print(f"Seed set to {value}")
     return value
@@ -69,6 +71,8 @@ def capture_random_state(device: torch.device | None = None) -> dict[str, Any]:
         state["cuda"] = torch.cuda.get_rng_state(device)
     elif device is not None and device.type == "mps":
         state["mps"] = torch.mps.get_rng_state()
+    elif device is not None and device.type == "xla":
+        state["xla"] = xla.random_state()
     return state
 
 
@@ -90,6 +94,8 @@ def restore_random_state(state: dict[str, Any], device: torch.device | None = No
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
     if "mps" in state and device is not None and device.type == "mps":
         torch.mps.set_rng_state(state["mps"].cpu())
+    if "xla" in state and device is not None and device.type == "xla":
+        xla.set_random_state(state["xla"])
 
 
 @contextmanager

@@ -120,6 +120,13 @@ class Series:
             self._compact()
         return self._total, self._weight, self._pending
 
+    def compact(self, at: int) -> bool:
+        """Sum the values that are held, if there are ``at`` or more; whether there were."""
+        if len(self._pending) < at or callable(self.reduction):
+            return False
+        self._compact()
+        return True
+
     def forget_computed(self) -> None:
         """Ask a metric object again, unless its count of updates says that no hook has updated it without logging it."""
         updates = getattr(self.metric, "update_count", None)

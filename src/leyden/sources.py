@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from leyden.data.announce import describe_division
 from leyden.data.combined import CombinedLoader
 from leyden.data.loader import Source, make_source, without_shuffle
 from leyden.data.shares import Share
@@ -146,6 +145,8 @@ class Sources:
         share, divides = self.share, self.settings.use_distributed_sampler
         made = make_source(loader, name, limit, limit_name, share, training, divides)
         if share is not None and (name, number) not in self._described:
+            from leyden.data.announce import describe_division  # only ranks need it
+
             self._described.add((name, number))
             self._say(name, describe_division(loader, name, share, training, divides), training and share.rank == 0)
         self._made.append(replace(made, around=self.around))

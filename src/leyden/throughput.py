@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from leyden import xla
 from leyden.errors import reject
 from leyden.precision import PRECISIONS
 
@@ -265,3 +266,5 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+    elif device.type == "xla":
+        xla.wait()

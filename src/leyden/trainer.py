@@ -43,7 +43,7 @@ class Trainer(TrainerRequests):
     `TrainerView`.
 
     Args:
-        accelerator: "auto", "cpu", "cuda", "mps", or "gpu" for cuda or mps.
+        accelerator: "auto", "cpu", "cuda", "mps", "tpu" (see docs/tpu.md), or "gpu" for cuda or mps.
         strategy: "auto", "single_device", "ddp", … or a `Strategy`; see docs/distributed.md.
         devices: devices of this machine, with a process each: a number, "auto" (every GPU; one process on the CPU), -1, or
             indices as in [0, 1] or "0,1".
@@ -352,6 +352,7 @@ class Trainer(TrainerRequests):
 
     def _set_up(self, verb: str, module: LightningModule, datamodule: LightningDataModule | None) -> None:
         if measures(self.profiler):
+            self.profiler.rank = self.global_rank
             self.profiler.setup(verb, self.log_dir)
         module.__dict__["_metrics"] = None if self._settings.barebones else self._outlet.metrics
         ranks.prepare_data(self.strategy, module, datamodule)
@@ -360,7 +361,7 @@ class Trainer(TrainerRequests):
         for callback in self._active_callbacks:
             callback.setup(self, module, verb)
         module.setup(verb)
-        with self.strategy.model_context(), default_dtype(self._settings.precision.parameter_dtype):
+        with self.strategy.model_context(module), default_dtype(self._settings.precision.parameter_dtype):
             module.configure_model()
         self._settings.precision.convert_module(module)
         self.strategy.prepare_module(module, self._settings)
@@ -414,7 +415,13 @@ class Trainer(TrainerRequests):
 
     def _find_checkpoint(self, ckpt_path: Any, verb: str, weights_only: bool = False) -> ranks.Found | None:
         return ranks.find_checkpoint(
-            self.strategy, ckpt_path, self.checkpoint_callbacks, self._default_root_dir, verb, weights_only
+            self.strategy,
+            self.lightning_module,
+            ckpt_path,
+            self.checkpoint_callbacks,
+            self._default_root_dir,
+            verb,
+            weights_only,
         )
 
     def _sanity_check(self, run: Run, resolver: Resolver) -> None:
@@ -427,8 +434,7 @@ class Trainer(TrainerRequests):
         self._outlet = assemble.new_outlet([], kept.progress, self.strategy, module)
         self._status.sanity, module.__dict__["_metrics"] = True, self._outlet.metrics
         loop.call(run.hooks.on_sanity_check_start)
-        few = [replace(each, total=each.total if steps == -1 else min(each.total, steps))
-               for each in self._sources.validation()]  # fmt: skip
+        few = [each if steps == -1 else each.limited(steps) for each in self._sources.validation()]
         self._evaluation = self._make_evaluation("validation", resolver, few)
         loop.sanity_check(run, self._evaluation)
         self._evaluation, self._outlet, self._status.sanity = None, kept, False

@@ -79,12 +79,24 @@ class TrainerRequests(TrainerView):
         trainer = cast("Trainer", self)
         with self.profiler.profile("save_checkpoint"), self.time_account.spent_on("checkpoints"):
             captured = state.capture(trainer, module, self._datamodule, self._active_callbacks, self._run, weights_only)
-            if self.is_global_zero and wait:
+            if self.strategy.shards_state:
+                self._save_shards(filepath, captured, then)
+            elif self.is_global_zero and wait:
                 self._writer.write(filepath, captured, then)
             elif self.is_global_zero:
                 self._writer.submit(filepath, captured, then, self._raise_at_boundary)
-            if wait:
+            if wait or not self.strategy.in_step:  # else others would train on while the first one copies the weights
                 self.strategy.barrier("save_checkpoint")
+
+    def _save_shards(
+        self, filepath: str | os.PathLike[str], captured: dict[str, Any], then: Sequence[Callable[[], object]]
+    ) -> None:
+        """Write a folder, to which each process adds what it has."""
+        from leyden.checkpoint.sharded import save_sharded
+
+        save_sharded(filepath, captured, self.strategy.host_group)
+        for action in then if self.is_global_zero else ():
+            action()
 
     def _raise_at_boundary(self) -> None:
         """Called by the thread in which a write has failed: let the loop raise it."""

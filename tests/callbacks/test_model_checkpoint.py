@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from leyden.callbacks.model_checkpoint import ModelCheckpoint
 from leyden.checkpoint.format import About
 from leyden.errors import CheckpointError, ConfigurationError, LeydenWarning, MetricError
+from leyden.strategy import SingleDevice
 
 
 class FakeLogger:
@@ -64,6 +65,7 @@ class FakeTrainer:
         self.printed: list[str] = []
         self.fail = False
         self.run_id = "a"
+        self.strategy = SingleDevice(torch.device("cpu"))
 
     @property
     def checkpoint_callbacks(self) -> list[ModelCheckpoint]:
@@ -71,6 +73,9 @@ class FakeTrainer:
 
     def at_step_boundary(self, action: Callable[[], None]) -> None:
         self.actions.append(action)
+
+    def shared_request(self, action: Callable[[], None]) -> Callable[[], None]:
+        return lambda: self.at_step_boundary(action)
 
     def print(self, text: str) -> None:
         self.printed.append(text)
@@ -100,9 +105,8 @@ class FakeTrainer:
     def event(self, name: str, *arguments: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, name)(self, None, *arguments)
-        actions, self.actions = self.actions, []
-        for action in actions:
-            action()
+        while self.actions:
+            self.actions.pop(0)()
 
     def log(self, **metrics: float) -> None:
         self.callback_metrics.update({key.replace("__", "/"): torch.tensor(value) for key, value in metrics.items()})
@@ -360,16 +364,6 @@ def test_a_failed_save_changes_nothing(folder: pathlib.Path) -> None:
         trainer.epoch(loss=1.0)
     assert callback.state_dict() == {**state}
     assert files(folder) == {"epoch=0-step=2.ckpt": 2, "last.ckpt": 2}
-
-
-def test_only_the_first_process_touches_other_files(folder: pathlib.Path) -> None:
-    trainer = FakeTrainer(folder, ModelCheckpoint(folder, save_last=True))
-    trainer.is_global_zero = False
-    trainer.start()
-    trainer.epoch()
-    trainer.epoch()
-    trainer.end()
-    assert files(folder) == {"epoch=0-step=2.ckpt": 2, "epoch=1-step=4.ckpt": 4}
 
 
 # triggers

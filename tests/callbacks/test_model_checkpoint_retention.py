@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from leyden.callbacks.model_checkpoint import ModelCheckpoint
 from leyden.checkpoint.format import About
 from leyden.errors import CheckpointError
+from leyden.strategy import SingleDevice
 
 FOLDER = os.path.abspath("run")
 
@@ -91,6 +92,7 @@ class Process:
         self.actions: list[Callable[[], None]] = []
         self.in_flight: tuple[str, Any, Sequence[Callable[[], object]]] | None = None
         self.failure: Exception | None = None
+        self.strategy = SingleDevice(torch.device("cpu"))
 
     @property
     def callback_metrics(self) -> dict[str, torch.Tensor]:
@@ -98,6 +100,9 @@ class Process:
 
     def at_step_boundary(self, action: Callable[[], None]) -> None:
         self.actions.append(action)
+
+    def shared_request(self, action: Callable[[], None]) -> Callable[[], None]:
+        return lambda: self.at_step_boundary(action)
 
     def save_checkpoint(self, path: str, weights_only: bool, wait: bool, then: Sequence[Callable[[], object]]) -> None:
         states = {callback.state_key: copy.deepcopy(callback.state_dict()) for callback in self.callbacks}

@@ -378,7 +378,9 @@ def test_wrong_options_are_refused(arguments: dict[str, Any], message: str) -> N
 
 
 def test_unknown_strategies_list_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"strategy='dpp' is not valid.*'single_device', 'ddp'.*Did you mean 'ddp'"):
+    with pytest.raises(
+        ConfigurationError, match=r"strategy='dpp' is not valid.*'single_device', 'ddp'.*Did you mean 'ddp'"
+    ):
         make_trainer(tmp_path, strategy="dpp")
 
 

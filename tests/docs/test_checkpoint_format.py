@@ -27,7 +27,7 @@ def first_cells(text: str) -> list[str]:
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     monkeypatch.chdir(tmp_path)
     Path("program.py").write_text("\n".join(blocks), encoding="utf-8")
     return runpy.run_path("program.py", run_name="__main__")
@@ -42,6 +42,17 @@ def test_the_examples_run(program: dict[str, object]) -> None:
     assert torch.equal(weights["weight"], leyden.load_checkpoint("a.ckpt")["state_dict"]["weight"])
     assert about["epoch"] == 4
     assert len(program["checksums"]) == 2 + 2 * 3  # type: ignore[arg-type]  # weights; AdamW's step and two moments of each
+
+
+def test_the_sharded_example_runs(program: dict[str, object]) -> None:
+    """In one process; several are in tests/checkpoint/test_sharded.py."""
+    save, load = program["save"], program["load"]
+    model = torch.nn.Linear(3, 2)
+    save("b.ckpt", program["model"], program["optimizer"])  # type: ignore[operator]
+    load("b.ckpt", model, torch.optim.AdamW(model.parameters()))  # type: ignore[operator]
+    assert torch.equal(model.weight, program["model"].weight)  # type: ignore[attr-defined]
+    assert "leyden_shards" in read_metadata("b.ckpt")
+    assert Path("b.ckpt").is_dir()
 
 
 def test_the_metadata_are_those_of_a_file(program: dict[str, object]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from leyden.buffers import copy_values
 from leyden.errors import warn
 
 Average = Callable[[Sequence[Tensor], Sequence[Tensor], int], Any]
@@ -116,7 +117,9 @@ class Averages:
         fits = source.dtype == tensor.dtype and source.stride() == tensor.stride()
         if is_there and fits and source is not tensor:
             return source
-        return torch.empty_like(tensor.detach(), device=device).copy_(source.detach())
+        copy = torch.empty_like(tensor.detach(), device=device)
+        copy_values([copy], [source.detach()])
+        return copy
 
     def _grouped(self) -> list[Group]:
         groups: dict[tuple[torch.device, torch.dtype, int], Group] = {}
@@ -175,14 +178,14 @@ class Averages:
                 name: place.tensor.detach().to(average.device, copy=True)
                 for (name, average), place in zip(self.values.items(), self._swapped, strict=True)
             }
-            torch._foreach_copy_([place.tensor for place in self._swapped], averages)
+            copy_values([place.tensor for place in self._swapped], averages)
 
     def swap_out(self) -> None:
         """Give the module its own values back, if it does not have them. May be called again after an interruption."""
         if self.raw is None or self._finished:
             return
         with _recordable():
-            torch._foreach_copy_([place.tensor for place in self._swapped], list(self.raw.values()))
+            copy_values([place.tensor for place in self._swapped], list(self.raw.values()))
             for registry, key, tensor, _ in self._swapped:
                 registry[key] = tensor
         self.raw, self._swapped = None, []
@@ -264,7 +267,8 @@ def _alike(new: Tensor | None, old: Tensor) -> bool:
 def _view(tensor: Tensor) -> tuple[Any, ...]:
     if tensor.layout is not torch.strided:
         return (id(tensor),)
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    memory = tensor.data_ptr() or id(tensor.untyped_storage())  # on "xla" all addresses are 0
+    return tensor.device, memory, tensor.dtype, tensor.shape, tensor.stride()
 
 
 @contextmanager

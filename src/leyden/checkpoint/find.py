@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -50,6 +50,7 @@ def find_and_load(
     verb: str,
     weights_only: bool = False,
     run_id: str | None = None,
+    load: Callable[..., dict[str, Any]] = load_checkpoint,
 ) -> tuple[dict[str, Any], str] | None:
     """Load the checkpoint that ``ckpt_path`` means.
 
@@ -61,6 +62,7 @@ def find_and_load(
         verb: what the checkpoint is for.
         weights_only: leave the run's state in the file, unread.
         run_id: for "last": only those of this training.
+        load: what is called with a path and ``weights_only``, and raises CheckpointError for one that is not whole.
 
     Returns:
         The checkpoint and its path; None to go on without: none was asked for, or "last" in `fit` where there is none yet.
@@ -75,7 +77,7 @@ def find_and_load(
         reject("ckpt_path", ckpt_path, _ALLOWED)
     path = os.fspath(ckpt_path)
     if path == "last":
-        return _last(callbacks, root, verb, weights_only, run_id)
+        return _last(callbacks, root, verb, weights_only, run_id, load)
     if path == "best":
         path = next((callback.best_model_path for callback in callbacks if callback.best_model_path), "")
         if not path:
@@ -85,7 +87,7 @@ def find_and_load(
             )
     _check_named(path, verb)
     try:
-        return load_checkpoint(path, weights_only=weights_only), path
+        return load(path, weights_only=weights_only), path
     except CheckpointError as error:
         whole = _newest_whole_beside(path)
         hint = f" The newest whole checkpoint beside it is {whole}." if whole else ""
@@ -93,7 +95,12 @@ def find_and_load(
 
 
 def _last(
-    callbacks: Sequence[ModelCheckpoint], root: str, verb: str, weights_only: bool, run_id: str | None
+    callbacks: Sequence[ModelCheckpoint],
+    root: str,
+    verb: str,
+    weights_only: bool,
+    run_id: str | None,
+    load: Callable[..., dict[str, Any]],
 ) -> tuple[dict[str, Any], str] | None:
     """Load the newest whole one; those that are damaged are passed over loudly, never silently."""
     folders = list(dict.fromkeys(_folders(callbacks, root)))
@@ -108,7 +115,7 @@ def _last(
             passed_over += 1
         else:
             try:
-                checkpoint = load_checkpoint(each.path, weights_only=weights_only)
+                checkpoint = load(each.path, weights_only=weights_only)
             except CheckpointError as error:
                 damaged.append(str(error))
                 continue

@@ -158,7 +158,7 @@ class Encoder:
         # the same bytes seen in the same way are one tensor: tied weights are written once and stay tied
         view = (tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
         seen = (tensor.device, tensor.data_ptr(), tensor.dtype, view)
-        if tensor.numel() and seen in self._written:
+        if tensor.numel() and tensor.data_ptr() and seen in self._written:  # on "xla" all addresses are 0
             return self._written[seen]
         bare = type(tensor) is Tensor and not tensor.requires_grad
         plain = tensor if bare else tensor.detach().as_subclass(Tensor)

@@ -99,7 +99,10 @@ def _copy(device: torch.device, targets: list[Tensor], sources: list[Tensor]) ->
             and not (source.is_conj() or source.is_neg())
         ]
         _copy_bytes([(targets[i].data_ptr(), sources[i].data_ptr(), sources[i].nbytes) for i in large])
-    if len(large) < len(sources):
+    if device.type == "xla":  # has no copy of several at once to the host
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+    elif len(large) < len(sources):
         rest = sorted(set(range(len(sources))).difference(large)) if large else range(len(sources))
         # one call for all: a thousand small tensors take a third of the time
         torch._foreach_copy_([targets[i] for i in rest], [sources[i] for i in rest], device.type == "cuda")

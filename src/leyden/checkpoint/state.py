@@ -85,7 +85,7 @@ def capture(
     return checkpoint
 
 
-_OF_EACH_RANK = ("random_state", "metrics")
+_OF_EACH_RANK = ("random_state", "metrics", "loader_states")
 
 
 def _add_other_ranks(checkpoint: dict[str, Any], strategy: Strategy) -> None:
@@ -106,7 +106,7 @@ def _of_this_rank(checkpoint: dict[str, Any], strategy: Strategy) -> tuple[dict[
     metrics = [part["metrics"] for part in parts]
     if metrics[0] is not None:
         parts[0]["metrics"] = merged(metrics) if strategy.data_rank == 0 else emptied(metrics[0])
-    return parts[0], False
+    return parts[0], False  # divided loaders stood at the same place on all ranks
 
 
 def wanted_by_hooks(module: LightningModule, callbacks: Sequence[Callback]) -> bool:
@@ -150,7 +150,7 @@ def apply_optimizers(run: Run, checkpoint: dict[str, Any], path: str) -> None:
             )
     for handle, state in zip(run.handles, checkpoint["optimizer_states"], strict=True):
         try:
-            load_optimizer(handle.optimizer, state)
+            load_optimizer(handle.optimizer, run.strategy.cut_optimizer_state(handle.optimizer, state))
         except ValueError as error:
             raise CheckpointError(f"{path} does not fit {type(handle.optimizer).__name__}: {error}") from error
     for config, state in zip(run.schedulers, checkpoint["lr_schedulers"], strict=True):
@@ -203,7 +203,7 @@ def apply_training(
     run.restored = Restored(
         own["random_state"],
         metrics,
-        checkpoint.get("loader_states") or {},
+        own["loader_states"] or {},
         lambda: own_generators(run.module, datamodule, callbacks),
         None if as_before else partial(spread_random_state, run.strategy, run.device),
     )
@@ -221,6 +221,7 @@ def _window_states(run: Run) -> list[dict[str, Any] | None]:
     """The gradients of windows that were begun, by optimizer: those of `minimize`, and the loop's own.
 
     The loop's are there only if somebody saves by hand: within a batch they would be half-done, so the window begins anew.
+    So it does where the ranks have not exchanged them yet.
     """
     states = [handle.window_state() for handle in run.handles]
     progress, optimizer = run.progress, run.optimizer
@@ -228,6 +229,7 @@ def _window_states(run: Run) -> list[dict[str, Any] | None]:
         optimizer is not None
         and progress.micro_batch
         and not run.held
+        and (run.sync_gradients is None or not run.strategy.shards_state)
         and not run.source.is_within_batch(progress.batch)
     ):
         states[0] = {"accumulated": run.window, "gradients": gradients_of(optimizer)}
@@ -238,12 +240,13 @@ def _apply_windows(run: Run, windows: Sequence[dict[str, Any] | None]) -> None:
     if run.optimizer is None:
         for handle, window in zip(run.handles, windows, strict=False):
             if window is not None:
-                handle.load_window_state(window)
+                cut = run.strategy.cut_gradients(handle.optimizer, window["gradients"])
+                handle.load_window_state({**window, "gradients": cut})
     elif windows[0] is None or not run.progress.micro_batch:
         run.progress.micro_batch = run.progress.skipped_in_window = 0
     else:
         run.window = int(windows[0]["accumulated"])
-        load_gradients(run.optimizer, windows[0]["gradients"])
+        load_gradients(run.optimizer, run.strategy.cut_gradients(run.optimizer, windows[0]["gradients"]))
 
 
 def own_generators(

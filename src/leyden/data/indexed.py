@@ -39,7 +39,7 @@ from torch.utils.data.distributed import DistributedSampler
 from leyden.data.generators import generator_states, owned_generators, seed_generators, set_generator_states
 from leyden.data.reader import Position, Reader, Ticket, as_torch, has_state, shut_down_workers
 from leyden.data.seeded import Fetch, SeededDataset, WorkerInit, as_loaded, fetcher
-from leyden.data.shares import Cut, Division, Piece, Rounds, batch_seed, is_rank_aware
+from leyden.data.shares import Cut, Division, Piece, Rounds, batch_seed, is_rank_aware, listed
 from leyden.data.worker import end_at_exit, signals_held_back
 from leyden.errors import warn
 from leyden.seed import (
@@ -180,7 +180,9 @@ class IndexedReader(Reader):
         """
         place, detail, size = super().position(ticket), ticket.detail, self._cut.size
         if isinstance(detail, Piece):
-            return {**place, "last": _check_number(detail.checked), **_used(detail.used, size and len(detail.checked))}
+            checked = listed(detail.checked)
+            last = _check_number(checked if size else checked[-1])
+            return {**place, "last": last, **_used(detail.used, size and len(checked))}
         used = ticket.number * (size or 1)
         if size and detail is not None:
             used += len(detail) - size

@@ -35,6 +35,8 @@ class Profiler(ABC):
     _filename: str | None = None
     _stage: str | None = None
     _log_dir: str | None = None
+    rank: int = 0
+    """Of this process; set by the Trainer. Each writes a file of its own, and the first one prints."""
 
     @property
     def wired(self) -> list[RemovableHandle]:
@@ -100,15 +102,17 @@ class Profiler(ABC):
         if not text:
             return
         if (self._dirpath is None and self._filename is None) or folder is None:
-            print(text)
+            if self.rank == 0:
+                print(text)
             return
         path = Path(folder, self._file("txt"))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{text}\n", encoding="utf-8")
 
     def _file(self, ending: str, default: str = "profile") -> str:
-        """The name of a file of this verb."""
-        return f"{self._stage or 'run'}-{self._filename or default}.{ending}"
+        """The name of a file of this verb, and of this process unless it is the first."""
+        of_rank = f"-rank{self.rank}" if self.rank else ""
+        return f"{self._stage or 'run'}-{self._filename or default}{of_rank}.{ending}"
 
 
 class PassThroughProfiler(Profiler):

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from leyden.device import DeviceChoice, resolve_device
-from leyden.errors import did_you_mean, reject
+from leyden.errors import did_you_mean, reject, warn
 from leyden.strategy.base import Layout, Strategy
-from leyden.strategy.environments import Place, check_place, find_place
+from leyden.strategy.environments import Place, advice, check_place, find_place
 from leyden.strategy.launch import at_prompt
 from leyden.strategy.single import SingleDevice
 
@@ -25,7 +25,12 @@ STRATEGIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ddp_spawn": ("ddp", "DDPStrategy", {"start_method": "spawn"}),
     "ddp_fork": ("ddp", "DDPStrategy", {"start_method": "fork"}),
     "ddp_notebook": ("ddp", "DDPStrategy", {"start_method": "fork"}),
+    "hogwild": ("hogwild", "HogwildStrategy", {}),
+    "deepspeed": ("deepspeed", "DeepSpeedStrategy", {}),
     "ddp_find_unused_parameters_true": ("ddp", "DDPStrategy", {"find_unused_parameters": True}),
+    "fsdp": ("fsdp", "FSDPStrategy", {}),
+    "fsdp_cpu_offload": ("fsdp", "FSDPStrategy", {"cpu_offload": True}),
+    "model_parallel": ("model_parallel", "ModelParallelStrategy", {}),
 }
 _EXPORTS = {name: module for module, name, _ in STRATEGIES.values()}
 
@@ -55,6 +60,9 @@ def resolve_ranks(
         ConfigurationError: see `resolve_device` and `resolve_strategy`.
     """
     place = find_place()
+    alone = advice() if place is None else None
+    if alone is not None and strategy != "single_device":
+        warn("alone", alone)
     choice = resolve_device(accelerator, devices, place.local_world_size if place is not None else None)
     return choice, resolve_strategy(strategy, choice, num_nodes, place)
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from leyden.module import LightningModule
     from leyden.settings import Settings
     from leyden.strategy.environments import Place
@@ -60,7 +62,10 @@ class Strategy(ABC):
             "fork" call the verb in new processes; None if there is nothing to start.
         in_step: whether ranks wait for each other in each step, so that what one of them asks for can be agreed on there.
         communicates_in_forward: whether a forward pass needs all ranks, as where parameters are sharded.
+        shares_weights: whether ranks train one and the same memory.
         shards_state: whether each rank holds a part of the module, so that all of them write a checkpoint together.
+        host_group: the process group by which the hosts talk, on the CPU; None before `connect`, and for one process.
+        device_mesh: torch's `DeviceMesh`, of strategies that divide parameters over one.
     """
 
     world_size: int = 1
@@ -71,7 +76,10 @@ class Strategy(ABC):
     start_method: str | None = None
     in_step: bool = True
     communicates_in_forward: bool = False
+    shares_weights: bool = False
     shards_state: bool = False
+    host_group: ProcessGroup | None = None
+    device_mesh: Any = None
 
     @property
     def is_global_zero(self) -> bool:
@@ -121,8 +129,8 @@ class Strategy(ABC):
 
     # The module
 
-    def model_context(self) -> AbstractContextManager[Any]:
-        """What `configure_model` is called in."""
+    def model_context(self, module: LightningModule) -> AbstractContextManager[Any]:
+        """What ``module.configure_model`` is called in."""
         return nullcontext()
 
     def prepare_module(self, module: LightningModule, settings: Settings) -> None:
@@ -132,6 +140,18 @@ class Strategy(ABC):
     def wrap_training_step(self, module: LightningModule, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return what the loop calls for ``step``, once the weights are in place."""
         return step
+
+    def wrap_evaluation_step(self, module: LightningModule, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what validation, test and prediction call for ``step``."""
+        return step
+
+    def evaluation_context(self, inference_mode: bool) -> AbstractContextManager[Any]:
+        """The context without gradients that validation, test and prediction run in.
+
+        Args:
+            inference_mode: the Trainer's.
+        """
+        return torch.inference_mode() if inference_mode else torch.no_grad()
 
     def gradient_sync(self) -> Callable[[bool], None] | None:
         """What is told before each micro-batch whether its backward pass reduces the gradients; None if nothing need be told."""
@@ -147,6 +167,14 @@ class Strategy(ABC):
             RuntimeError: torch's, if names or shapes do not fit.
         """
         module.load_state_dict(state_dict, strict=strict)
+
+    def cut_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """Return what of an optimizer's state in a checkpoint belongs to this rank."""
+        return state
+
+    def cut_gradients(self, optimizer: Optimizer, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Return what of an optimizer's gradients in a checkpoint belongs to this rank."""
+        return gradients
 
     # How ranks talk; all ranks must make the same calls in the same order
 

@@ -55,7 +55,9 @@ def take_over(trainer: Trainer, brought: dict[str, Any], named: Mapping[str, Any
     module: LightningModule = named.get("model") or trainer.lightning_module
     datamodule = named.get("datamodule")
     for name, value in named.items():
-        if name != "model" and hasattr(value, "prepare_data"):  # a datamodule in the place of loaders, as people write it
+        if name != "model" and hasattr(
+            value, "prepare_data"
+        ):  # a datamodule in the place of loaders, as people write it
             datamodule = value
     trainer._module, trainer._datamodule = module, datamodule or trainer._datamodule
     trainer._resolve(module, trainer._datamodule)
@@ -84,7 +86,7 @@ def _load(module: LightningModule, state: dict[str, Any], trainer: Trainer) -> N
         names = ", ".join(sorted(there ^ here)[:5])
         warn(
             "weights-left-in-ranks",
-            f"The module has other weights in the ranks than here ({names}), so only those that are on both sides came back. Make "
-            "layers in __init__ or configure_model, or load the checkpoint.",
+            f"The module has other weights in the ranks than here ({names}), so only those that are on both sides came back. "
+            "Make layers in __init__ or configure_model, or load the checkpoint.",
         )
     nn.Module.load_state_dict(module, state, strict=False)

@@ -20,6 +20,7 @@ from leyden.errors import ConfigurationError, RankError, reject
 from leyden.strategy.base import Layout, Strategy
 from leyden.strategy.carry import packed, unpacked
 from leyden.strategy.lifeline import Lifeline, describe
+from leyden.strategy.sockets import break_connections, noted_connections
 
 START_METHODS = ("script", "spawn", "fork", "forkserver")
 _OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
@@ -63,6 +64,7 @@ class DistributedStrategy(Strategy):
         self.host_group: dist.ProcessGroup | None = None
         self._lifeline: Lifeline | None = None
         self._launch_store: Store | None = None
+        self._connections: dict[int, int] = {}
         self._joined = self._failed = False
 
     def settle(self, layout: Layout) -> None:
@@ -88,6 +90,15 @@ class DistributedStrategy(Strategy):
         if self._joined:
             return
         assert self.layout is not None
+        with noted_connections(into=self._connections):
+            self._join()
+            self._joined = True
+            self.build()
+
+    def build(self) -> None:
+        """Make what needs the process group, such as a device mesh."""
+
+    def _join(self) -> None:
         if dist.is_initialized():
             if dist.get_world_size() != self.world_size:
                 raise ConfigurationError(
@@ -96,13 +107,7 @@ class DistributedStrategy(Strategy):
                 )
         else:
             self._initialize()
-        # without warning of groups that were made by others
         self.host_group = dist.new_group(backend="gloo", timeout=self.timeout)
-        self._joined = True
-        self.build()
-
-    def build(self) -> None:
-        """Make what needs the process group, such as a device mesh."""
 
     def _initialize(self) -> None:
         assert self.layout is not None
@@ -167,17 +172,17 @@ class DistributedStrategy(Strategy):
         lifeline = self._lifeline
         if lifeline is not None:
             first = lifeline.first_failure(wait_s=_is_broken_collective(error) * 2.0) or lifeline.report(error)
-            if first.rank != self.global_rank:
+            if first.rank != self.global_rank and not isinstance(error, SystemExit | KeyboardInterrupt):
                 replaced = RankError(f"Rank {self.global_rank} has ended, because {describe(first)}")
                 until = time.monotonic() + 2.0
                 while not first.is_gone() and time.monotonic() < until:  # so that its traceback is seen first
                     time.sleep(0.05)
             lifeline.stop_watching()
         _record(replaced or error)
-        for group in (dist.group.WORLD, self.host_group):
+        break_connections(self._connections)
+        if dist.group.WORLD is not None:
             with suppress(RuntimeError):
-                assert group is not None
-                group.abort()  # destroy_process_group would wait for the others
+                dist.group.WORLD.abort()  # of NCCL; destroy_process_group would wait for the others
         return replaced
 
     def interrupted_run(self) -> str | None:

@@ -15,11 +15,12 @@ import sys
 import threading
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from leyden.errors import ConfigurationError, RankError
 from leyden.seed import capture_random_state, restore_random_state
@@ -27,6 +28,7 @@ from leyden.strategy.unpicklable import PICKLING_ERRORS, first_unpicklable
 
 if TYPE_CHECKING:
     from leyden.strategy.base import Layout
+    from leyden.module import LightningModule
     from leyden.trainer import Trainer
 
 R = TypeVar("R")
@@ -96,9 +98,9 @@ def run_function(trainer: Trainer, verb: str, args: tuple[Any, ...]) -> Any:
         if not found:
             raise
         raise ConfigurationError(
-            f"{found[0]} cannot be sent to a new process: {found[1]}. Under start_method={trainer.strategy.start_method!r} all that "
-            f"{verb} is given is pickled. Define it at the top of a module, use start_method='fork' (strategy='ddp_fork'), or write "
-            "a script and leave start_method out."
+            f"{found[0]} cannot be sent to a new process: {found[1]}. Under start_method={trainer.strategy.start_method!r} all "
+            f"that {verb} is given is pickled. Define it at the top of a module, use start_method='fork' (strategy='ddp_fork'), "
+            "or write a script and leave start_method out."
         ) from error
     if results is not None:
         return take_over(trainer, results[0], named)
@@ -114,11 +116,15 @@ def in_rank(trainer: Trainer, verb: str, args: tuple[Any, ...], random_state: di
     """What a new process runs: the verb, as the rank that the launcher has made it."""
     from leyden.strategy.bring_back import outcome
 
+    if trainer.strategy.start_method == "fork":
+        # GNU's OpenMP waits for ever in a forked process for the threads that the parent had, unless it needs none
+        torch.set_num_threads(1)
     for name in _SIGNALS:  # a forked process has inherited the launcher's
         signal.signal(name, signal.default_int_handler if name == signal.SIGINT else signal.SIG_DFL)
     trainer.find_ranks()
     try:
         restore_random_state(random_state)
+        _make_own(trainer, args[0] if args[0] is not None else trainer.lightning_module)
         found = outcome(trainer, getattr(trainer, verb)(*args))
         trainer.strategy.leave()  # a process of multiprocessing ends without calling what is registered for its exit
         return found
@@ -127,6 +133,50 @@ def in_rank(trainer: Trainer, verb: str, args: tuple[Any, ...], random_state: di
         sys.stderr.write(f"[rank {trainer.global_rank}] {text}")  # in one piece, as other ranks write as well
         sys.stderr.flush()
         raise
+
+
+def _make_own(trainer: Trainer, module: LightningModule) -> None:
+    """Give this rank memory of its own for all that it changes."""
+    shared = set()
+    if trainer.strategy.shares_weights:
+        shared = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    for part in (module, *trainer.callbacks):
+        take_out_of_shared_memory(tensor for tensor in _tensors_of(part) if id(tensor) not in shared)
+
+
+def take_out_of_shared_memory(tensors: Iterable[Tensor]) -> None:
+    """Give tensors memory of this process alone, in place; views of one memory stay so.
+
+    What is sent to a new process lies in memory that all of them share from then on, so that each step of one rank would change
+    the weights of the others.
+    """
+    copies: dict[int, torch.UntypedStorage] = {}
+    for tensor in tensors:
+        if tensor.device.type == "cpu" and tensor.layout is torch.strided and tensor.is_shared():
+            held = tensor.untyped_storage()
+            if held.data_ptr() not in copies:
+                copies[held.data_ptr()] = torch.UntypedStorage(held.nbytes()).copy_(held)
+            own = torch.empty(0, dtype=tensor.dtype)
+            own.set_(copies[held.data_ptr()], tensor.storage_offset(), tensor.shape, tensor.stride())
+            tensor.data = own
+
+
+def _tensors_of(part: object) -> Iterator[Tensor]:
+    """Those of a module, or of what a callback holds; metric objects keep theirs in plain attributes."""
+    if isinstance(part, nn.Module):
+        for each in part.modules():
+            yield from _tensors_in(vars(each).values())
+    elif hasattr(part, "__dict__"):
+        for value in vars(part).values():
+            yield from _tensors_of(value) if isinstance(value, nn.Module) else _tensors_in([value])
+
+
+def _tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple):
+            yield from _tensors_in(value.values() if isinstance(value, dict) else value)
 
 
 def at_prompt() -> bool:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from leyden import xla
 from leyden.strategy.base import Layout, Strategy
+
+if TYPE_CHECKING:
+    from leyden.module import LightningModule
+    from leyden.settings import Settings
 
 
 class SingleDevice(Strategy):
@@ -25,6 +30,14 @@ class SingleDevice(Strategy):
     def settle(self, layout: Layout) -> None:
         """Take the one device."""
         self.device = layout.device
+
+    def prepare_module(self, module: LightningModule, settings: Settings) -> None:
+        """Bring the module to the device, in place."""
+        if self.device.type == "xla":
+            xla.check_settings(settings)
+            xla.move_module(module, self.device)
+        else:
+            module.to(self.device)
 
     def barrier(self, name: str | None = None) -> None:
         """Return at once: there is nobody to wait for."""
