@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -152,7 +152,7 @@ def train(
     recompute: bool,
     bucket_view: bool = True,
 ) -> Measured:
-    """Train for five steps by hand-written torch, on one rank."""
+    """Train for three steps by hand-written torch, on one rank."""
     batch = tokens(batch_size)
     reduced = 0
     # A profiler sees what C++ takes, DDP's buckets too, but not what gloo's threads let go of, which are FSDP's buffers.
@@ -182,15 +182,12 @@ def train(
             _forget()
 
         step()
-        step()
-        step()
+        step()  # DDP makes its buckets anew, in the order in which gradients came
     reduced = 0
-    with _Collectives() as collectives:
+    optimizer.zero_grad()
+    with live() as within, _Collectives() as collectives:
         step()
     sent = reduced + collectives.reduced
-    optimizer.zero_grad()
-    with live() as within:
-        step()
     return Measured(kept[0], kept[0] - within[0] + within[1], collectives.gathered, sent)
 
 
@@ -200,13 +197,19 @@ def _wrapped(model: GPT, strategy: str, precision: str, bucket_view: bool) -> tu
     if strategy == "ddp":
         return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=bucket_view), context
     if strategy == "fsdp":
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if mixed else MixedPrecisionPolicy()
-        for block in model.blocks:
-            fully_shard(block, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
-        return model, contextlib.nullcontext()
+        policy = MixedPrecisionPolicy()
+        if mixed:  # as leyden's: normalization in fp32, everything else gathered in bf16
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        for part in (*model.blocks, model):
+            norms = [each for each in part.modules() if isinstance(each, nn.LayerNorm)]
+            if mixed:
+                fully_shard(
+                    [each for each in norms if not isinstance(each, FSDPModule)],
+                    mp_policy=replace(policy, param_dtype=None),
+                )
+            fully_shard(part, mp_policy=policy)
     return model, context
 
 

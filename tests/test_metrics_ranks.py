@@ -855,6 +855,39 @@ def test_an_object_that_one_rank_alone_has_gives_all_its_value() -> None:
     assert same_on_all(results) == {"x": 2.0}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_values_of_a_gpu_stay_there() -> None:
+    device = torch.device("cuda")
+    modules = [nn.ModuleDict({"m": classes.MulticlassAUROC(3).to(device)}) for _ in range(2)]
+    predictions, targets = scores(40)
+
+    def play(rank: int, metrics: Metrics) -> Any:
+        metric: Any = modules[rank]["m"]
+        for i in range(2):
+            own = slice(20 * rank + 10 * i, 20 * rank + 10 * i + 10)
+            metrics.begin_batch(predictions[own], i)
+            metric.update(predictions[own].to(device), targets[own].to(device))
+            log(metrics, "auroc", metric, on_step=False, on_epoch=True)
+            log(metrics, "mean", predictions[own, 0].mean().to(device), on_step=True, on_epoch=True)
+            log(
+                metrics,
+                "middle",
+                predictions[own, 0].mean().to(device),
+                on_step=False,
+                on_epoch=True,
+                reduce_fx=torch.median,
+            )
+        return metrics.publish_epoch()
+
+    results, _ = on_ranks(2, play, modules)
+    values = same_on_all(results)
+    assert {value.device.type for value in values.values()} == {"cuda"}
+    assert values["mean_epoch"].item() == pytest.approx(predictions[:, 0].mean().item())
+    assert values["auroc"].item() == pytest.approx(float(classes.MulticlassAUROC(3)(predictions, targets)), abs=1e-6)
+    assert modules[0]["m"].preds[0].device.type == "cuda"  # type: ignore[union-attr]
+
+
 # Real processes
 
 

@@ -139,7 +139,6 @@ class Metrics:
 
     def end_evaluation(self) -> None:
         """Close an evaluation and return to training's series."""
-        self._end_batch()
         self._active = self._train
         self._training = True
         self._dataloader_idx = None

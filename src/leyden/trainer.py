@@ -27,7 +27,6 @@ from leyden.run import Evaluation, Outlet, Run, Status
 from leyden.settings import Settings
 from leyden.sources import Sources
 from leyden.strategy import Strategy, find_place, resolve_ranks
-from leyden.strategy.launch import launch
 from leyden.trainer_requests import TrainerRequests
 
 if TYPE_CHECKING:
@@ -182,7 +181,7 @@ class Trainer(TrainerRequests):
         """
         assemble.check_fit(assemble.check_module(model))
         if self.strategy.start_method is not None:
-            launch(self, self.fit, model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
+            self._launch(self.fit, model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
             return
         passed = {"train": train_dataloaders, "val": val_dataloaders}
         with self._running("fit", model, datamodule, passed) as resolver:
@@ -223,7 +222,7 @@ class Trainer(TrainerRequests):
             The epoch's values, one dict for each loader.
         """
         if self.strategy.start_method is not None:
-            return launch(self, self.validate, model, dataloaders, ckpt_path, verbose, datamodule)
+            return self._launch(self.validate, model, dataloaders, ckpt_path, verbose, datamodule)
         results: list[dict[str, float]] = []  # of a run that is interrupted at a prompt
         with self._evaluating("validate", model, dataloaders, ckpt_path, datamodule) as evaluation:
             loop.evaluate(evaluation)
@@ -241,7 +240,7 @@ class Trainer(TrainerRequests):
     ) -> list[dict[str, float]]:
         """Evaluate `test_step` over the test loaders; arguments and result are those of `validate`."""
         if self.strategy.start_method is not None:
-            return launch(self, self.test, model, dataloaders, ckpt_path, verbose, datamodule)
+            return self._launch(self.test, model, dataloaders, ckpt_path, verbose, datamodule)
         results: list[dict[str, float]] = []  # of a run that is interrupted at a prompt
         with self._evaluating("test", model, dataloaders, ckpt_path, datamodule) as evaluation:
             loop.evaluate(evaluation)
@@ -271,7 +270,7 @@ class Trainer(TrainerRequests):
             predict a part each, and all of them return the whole, in the order of the data.
         """
         if self.strategy.start_method is not None:
-            return launch(self, self.predict, model, dataloaders, datamodule, return_predictions, ckpt_path)
+            return self._launch(self.predict, model, dataloaders, datamodule, return_predictions, ckpt_path)
         keep = return_predictions is not False
         with self._evaluating("predict", model, dataloaders, ckpt_path, datamodule, keep) as evaluation:
             loop.evaluate(evaluation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -18,6 +18,8 @@ from leyden.trainer_view import TrainerView
 
 if TYPE_CHECKING:
     from leyden.trainer import Trainer
+
+R = TypeVar("R")
 
 
 class TrainerRequests(TrainerView):
@@ -102,6 +104,12 @@ class TrainerRequests(TrainerView):
         """Called by the thread in which a write has failed: let the loop raise it."""
         if self._run is not None:
             self._run.requests.append(self._writer.check)
+
+    def _launch(self, verb: Callable[..., R], *args: Any) -> R:
+        """Start the processes that are lacking, and run a verb in them."""
+        from leyden.strategy.launch import launch  # torch's launcher is for those who have nobody else to start them
+
+        return launch(cast("Trainer", self), verb, *args)
 
     # Talk among processes: all of them must call the same, in the same order
 

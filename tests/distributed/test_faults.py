@@ -111,7 +111,7 @@ def test_under_torchrun(fault: str, tmp_path: Path) -> None:
 
 
 def test_a_signal_to_one_rank_saves_and_ends_all(tmp_path: Path) -> None:
-    ended = run(tmp_path / "run", "--fault", "SIGTERM")
+    ended = run(tmp_path / "run", "--fault", "SIGTERM", "--once")
     assert ended.code == 143, ended.err
     assert "the state is saved in" in ended.out
     whole = run(tmp_path / "whole")

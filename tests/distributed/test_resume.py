@@ -31,7 +31,7 @@ class Dropped(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y, which = batch
-        if self.trainer.strategy.data_rank < len(set(which.tolist())) or len(which) > 1:
+        if self._running().weight:  # 0 where a rank that has no sample of the last batch repeats one
             self.seen[self.current_epoch] += which.tolist()
         loss = F.mse_loss(self.net(x), y)
         self.log("loss", loss, on_epoch=True)
@@ -82,9 +82,7 @@ def test_other_numbers_of_ranks_lose_no_sample_and_see_none_twice(before: int, a
     ended = on(after, tmp_path / "again", 0.0, tmp_path / f"at-step={STOP_AT}.ckpt")
     last = EPOCHS - 1
     seen = [which for result in (*begun, *ended) for which in result["seen"][last]]
-    full_batches = [which for which in seen if seen.count(which) == 1]
-    assert set(seen) == set(range(SAMPLES)), "none is lost"
-    assert len(full_batches) >= SAMPLES - 2, "but for the two of the last batch, which ranks without a sample repeat"
+    assert sorted(seen) == list(range(SAMPLES))
     for result in ended:
         assert result["metrics"] == pytest.approx(whole["metrics"], rel=1e-4)
         for name, value in whole["weights"].items():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from leyden.errors import did_you_mean, reject
-from leyden.planner.copies import check, units_of, with_layers
+from leyden.planner.copies import check, parts_of, with_layers
 from leyden.planner.plan import GIB, MemoryPlan, RankPlan
 from leyden.planner.step import Loss
 from leyden.planner.sums import Planner
@@ -61,14 +61,15 @@ def plan_memory(
         strategies: of "single", "ddp", "fsdp" and "tensor_parallel".
         device_memory_gib: of one device, in GiB; without it the plan does not say what fits.
         reserve_gib: of it, what is kept for what is not counted: the device's context, libraries, fragmentation.
-        activation_checkpointing: whether each unit keeps its inputs only, and runs again in the backward pass.
+        activation_checkpointing: whether each block keeps its inputs only, and runs again in the backward pass.
         bandwidth_gb_per_s: what one rank can send while it receives as much, in 10^9 bytes per second; for the seconds.
-        units: classes of the parts that FSDP gathers one at a time and that are checkpointed. Default: the members of each
-            outermost ``ModuleList``, ``ModuleDict`` and ``Sequential`` that has several with parameters.
-        tensor_parallel_plan: patterns of names of layers, with "columns" or "rows". Default: every ``nn.Linear`` in a unit, by
+        units: classes of the parts that FSDP gathers one at a time, and that are blocks. Default: units are what
+            `FSDPStrategy` takes by itself, members of lists of modules with a million parameters or more; blocks are the
+            members of each outermost ``ModuleList``, ``ModuleDict`` and ``Sequential`` that has several with parameters.
+        tensor_parallel_plan: patterns of names of layers, with "columns" or "rows". Default: every ``nn.Linear`` in a block, by
             columns if every rank has its input whole, by rows if the input is divided.
         gradient_as_bucket_view: DDP's option; True is leyden's default, False torch's.
-        reduce_dtype: what FSDP sends gradients in. Default: what it computes in.
+        reduce_dtype: what FSDP sends gradients in. Default: as leyden's, at least fp32.
         loss: a function of the module and the batch. Default: what ``training_step`` returns; or the model's output, its
             attribute ``loss``, or the sum of all that it returns.
         device_type: "cpu" or "cuda": whose operations are traced. Default: "cuda" if there is such a device, else "cpu".
@@ -85,18 +86,14 @@ def plan_memory(
     device = _device(device_type)
     whole, built = with_layers(model, kind.parameter_dtype)
     check(whole)
-    names = units_of(whole, units)
-    planner = Planner(whole, optimizer, kind, device, names, tensor_parallel_plan)
+    parts = parts_of(whole, units)
+    planner = Planner(whole, optimizer, kind, device, parts, tensor_parallel_plan, reduce_dtype)
     planner.notes += ["configure_model was called, on the meta device."] if built else []
     if batch is None:
         planner.notes.append("No batch was given: activations are not in the peak.")
     else:
         planner.trace(_batch(batch), strategies, loss, activation_checkpointing)
-    rows = [
-        planner.row(strategy, size, gradient_as_bucket_view, reduce_dtype)
-        for strategy in strategies
-        for size in sizes[strategy]
-    ]
+    rows = [planner.row(strategy, size, gradient_as_bucket_view) for strategy in strategies for size in sizes[strategy]]
     if device_memory_gib is not None:
         room = (device_memory_gib - reserve_gib) * GIB
         rows = [replace(row, fits=_fits(row, room)) for row in rows]

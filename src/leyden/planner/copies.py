@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.parameter import is_lazy
 
 from leyden.errors import ConfigurationError, reject
+from leyden.strategy.units import NORMALIZATIONS, by_size, choose_units
 
 
 @dataclass
@@ -79,22 +80,30 @@ def check(module: nn.Module) -> None:
             )
 
 
-def fake_copy(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> FakeModel:
+def fake_copy(
+    module: nn.Module, device: torch.device, dtype: torch.dtype | None, *, sharded: bool = False
+) -> FakeModel:
     """Copy a module without its memory.
 
     Args:
         module: any module, on any device, the meta device included. It is not changed.
         device: where the copy's tensors claim to be.
         dtype: of the copy's floating-point tensors; None leaves them.
+        sharded: whether they are what leyden's FSDP gathers: parameters in ``dtype`` but for those of normalization layers;
+            buffers as they are.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, Any] = {}
     counterparts: dict[int, nn.Parameter] = {}
+    norms = (part for part in module.modules() if isinstance(part, NORMALIZATIONS))
+    kept = {id(parameter) for part in norms for parameter in part.parameters()} if sharded else set()
     for tensor in _tensors(module):
         if id(tensor) in memo:
             continue
         with mode, torch.no_grad():
-            kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            is_cast = tensor.is_floating_point() and id(tensor) not in kept
+            is_cast = is_cast and (isinstance(tensor, nn.Parameter) or not sharded)
+            kind = dtype if dtype is not None and is_cast else tensor.dtype
             if tensor.is_contiguous() or tensor.layout != torch.strided:
                 fake = torch.empty(tensor.shape, dtype=kind, device=device)
             else:
@@ -114,23 +123,43 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
         yield from (value for value in vars(part).values() if isinstance(value, Tensor))
 
 
-def units_of(module: nn.Module, wanted: Sequence[type[nn.Module]] | None) -> list[str]:
-    """Names of the parts that are gathered one at a time: a transformer's blocks.
+@dataclass(frozen=True)
+class Parts:
+    """Names of parts of a module.
+
+    Attributes:
+        units: what FSDP gathers one at a time, inner ones first.
+        blocks: what is checkpointed, and whose linear layers tensor parallelism divides.
+    """
+
+    units: list[str]
+    blocks: list[str]
+
+
+def parts_of(module: nn.Module, wanted: Sequence[type[nn.Module]] | None) -> Parts:
+    """Find the units and the blocks of a module.
 
     Args:
         module: the whole.
-        wanted: classes whose instances are units; None for the members of each outermost ``ModuleList``, ``ModuleDict`` or
+        wanted: classes whose instances are both. None: units are what `FSDPStrategy` takes by itself, members of module lists
+            with a million parameters or more; blocks the members of each outermost ``ModuleList``, ``ModuleDict`` or
             ``Sequential`` with several members that have parameters.
 
     Raises:
         ConfigurationError: if no part of the module is of the classes.
     """
-    if wanted is not None:
-        found = [name for name, part in module.named_modules() if name and isinstance(part, tuple(wanted))]
-        if not found:
-            reject("units", [each.__name__ for each in wanted], f"classes of parts of {type(module).__name__}")
-        return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
-    return list(_members("", module))
+    names = {part: name for name, part in module.named_modules()}
+    if wanted is None:
+        units, _ = choose_units(module, by_size(module))
+        return Parts([names[unit] for unit in units], list(_members("", module)))
+    kinds = tuple(wanted)
+    units, why_not = choose_units(module, lambda part: isinstance(part, kinds))
+    found = [names[unit] for unit in units]
+    if not found:
+        hint = f" {'; '.join(why_not)}." if why_not else ""
+        allowed = f"classes of parts of {type(module).__name__} that have parameters"
+        reject("units", [each.__name__ for each in kinds], allowed, hint)
+    return Parts(found, [name for name in found if not any(name.startswith(f"{other}.") for other in found)])
 
 
 def _members(prefix: str, module: nn.Module) -> Iterator[str]:

@@ -18,14 +18,14 @@ class Unit:
 
     Attributes:
         parameters: bytes of all of them.
-        trainable: bytes of those that get gradients.
+        trainable: bytes of the gradients when they are reduced.
         waiting: how many gradients are still to come in this step.
     """
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, parameters: list[nn.Parameter], reduce_size: int) -> None:
         self.members = parameters
         self.parameters = sum(parameter.nbytes for parameter in parameters)
-        self.trainable = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
+        self.trainable = reduce_size * sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
         self.waiting = sum(parameter.requires_grad for parameter in parameters)
         self.is_unsharded = self.is_gathered = self.is_reduced = False
         self.open = 0
@@ -42,10 +42,11 @@ class ShardedUnits:
     Args:
         ledger: which notes the figures.
         module: the whole.
-        units: names of its parts.
+        units: names of its parts, inner ones first.
+        reduce_size: bytes of an element of a gradient when it is reduced.
     """
 
-    def __init__(self, ledger: Ledger, module: nn.Module, units: list[str]) -> None:
+    def __init__(self, ledger: Ledger, module: nn.Module, units: list[str], reduce_size: int) -> None:
         self._ledger = ledger
         self.units: list[Unit] = []
         taken: set[int] = set()
@@ -53,11 +54,11 @@ class ShardedUnits:
             part = module.get_submodule(name)
             members = [parameter for parameter in part.parameters() if id(parameter) not in taken]
             taken.update(map(id, members))
-            unit = Unit(members)
+            unit = Unit(members, reduce_size)
             self.units.append(unit)
             part.register_forward_pre_hook(lambda *_, unit=unit: self._begin_forward(unit))
             part.register_forward_hook(lambda _, __, output, unit=unit: self._end_forward(unit, output))
-        self.root = Unit([parameter for parameter in module.parameters() if id(parameter) not in taken])
+        self.root = Unit([parameter for parameter in module.parameters() if id(parameter) not in taken], reduce_size)
         self.owner = {id(each): unit for unit in (self.root, *self.units) for each in unit.members}
         self._last: Unit | None = None  # whose flat buffer lives on in the forward pass
         self._order: list[Unit] = []

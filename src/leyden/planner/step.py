@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from leyden.errors import ConfigurationError, LeydenWarning, reject
 from leyden.flops import FlopCounter
-from leyden.planner.copies import FakeModel
+from leyden.planner.copies import FakeModel, Parts
 from leyden.planner.ledger import Kind, Ledger, Moment
 from leyden.planner.sharded import ShardedUnits
 from leyden.summary import example_arguments
@@ -66,18 +66,20 @@ class Layers:
     Args:
         ledger: knows which activations are divided.
         model: the fake model.
-        units: only linear layers inside of these parts are divided.
+        blocks: only linear layers inside of these parts are divided.
         plan: patterns of names, ``"columns"`` or ``"rows"`` each; None to find out.
     """
 
-    def __init__(self, ledger: Ledger, model: FakeModel, units: list[str], plan: Mapping[str, str] | None) -> None:
+    def __init__(self, ledger: Ledger, model: FakeModel, blocks: list[str], plan: Mapping[str, str] | None) -> None:
         self._ledger = ledger
         self._roles: dict[str, str] = {} if plan is None else planned(model.module, plan)
         self._asked = plan is None
         self._inputs: list[weakref.ref[Any]] = []  # weakly: what is kept would be counted
         self.found = Divided(reduced=0)
         for name, part in model.module.named_modules():
-            inside = isinstance(part, nn.Linear) and any(name == unit or name.startswith(f"{unit}.") for unit in units)
+            inside = isinstance(part, nn.Linear) and any(
+                name == block or name.startswith(f"{block}.") for block in blocks
+            )
             if name in self._roles or (self._asked and inside):
                 part.register_forward_pre_hook(lambda layer, args, name=name: self._before(name, layer, args))
                 part.register_forward_hook(lambda _, __, output, name=name: self._after(name, output))
@@ -129,13 +131,13 @@ def planned(module: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
     return roles
 
 
-def without_a_step(model: FakeModel, units: list[str], plan: Mapping[str, str] | None) -> Divided:
-    """How layers would be divided as far as their names tell; without a plan, each linear layer in a unit by columns."""
+def without_a_step(model: FakeModel, blocks: list[str], plan: Mapping[str, str] | None) -> Divided:
+    """How layers would be divided as far as their names tell; without a plan, each linear layer in a block by columns."""
     if plan is None:
         names = [
             name
             for name, part in model.module.named_modules()
-            if isinstance(part, nn.Linear) and any(name == unit or name.startswith(f"{unit}.") for unit in units)
+            if isinstance(part, nn.Linear) and any(name == block or name.startswith(f"{block}.") for block in blocks)
         ]
         return Divided(columns=names)
     roles = planned(model.module, plan)
@@ -160,11 +162,12 @@ def trace_step(
     batch: Any,
     context: AbstractContextManager[Any],
     *,
-    units: list[str],
+    parts: Parts,
     plan: Mapping[str, str] | None = None,
     loss: Loss | None = None,
     activation_checkpointing: bool = False,
     cast_batch: torch.dtype | None = None,
+    reduce_size: int = 4,
 ) -> Step:
     """Run forward and backward of a fake model once.
 
@@ -172,11 +175,12 @@ def trace_step(
         model: which is used up: hooks are added to its module.
         batch: tensors of any device, in any structure.
         context: of the forward pass: autocast.
-        units: names of the parts that are gathered, checkpointed and looked into for layers to divide.
+        parts: what is gathered, checkpointed and looked into for layers to divide.
         plan: of tensor parallelism.
         loss: a function of the module and the batch; None for ``training_step``, or a sum over the module's outputs.
-        activation_checkpointing: whether the units keep only their inputs, and are run again in the backward pass.
+        activation_checkpointing: whether the blocks keep only their inputs, and are run again in the backward pass.
         cast_batch: what the batch's floating-point tensors are cast to; None leaves them.
+        reduce_size: bytes of an element of a gradient when FSDP reduces it.
 
     Raises:
         Exception: whatever a model raises that cannot run without numbers.
@@ -195,9 +199,9 @@ def trace_step(
             if isinstance(tensor, Tensor):
                 ledger.enter(tensor, Kind.OTHER)
         if activation_checkpointing:
-            _checkpoint(module, units)
-        layers = Layers(ledger, model, units, plan)
-        sharded = ShardedUnits(ledger, module, units)
+            _checkpoint(module, parts.blocks)
+        layers = Layers(ledger, model, parts.blocks, plan)
+        sharded = ShardedUnits(ledger, module, parts.units, reduce_size)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
@@ -238,7 +242,7 @@ def _fake(leaf: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     return torch.empty(leaf.shape, dtype=kind, device=device, requires_grad=leaf.requires_grad)
 
 
-def _checkpoint(module: nn.Module, units: list[str]) -> None:
+def _checkpoint(module: nn.Module, blocks: list[str]) -> None:
     from torch.utils.checkpoint import checkpoint
 
     def again(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -247,7 +251,7 @@ def _checkpoint(module: nn.Module, units: list[str]) -> None:
             forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
         )
 
-    for name in units:
+    for name in blocks:
         part = module.get_submodule(name)
         part.forward = again(part.forward)
 

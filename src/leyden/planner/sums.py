@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from leyden.errors import ConfigurationError
-from leyden.planner.copies import fake_copy
+from leyden.planner.copies import FakeModel, Parts, fake_copy
 from leyden.planner.plan import MemoryPlan, RankPlan
 from leyden.planner.states import Optimizers, State
 from leyden.planner.step import Loss, Step, trace_step, without_a_step
@@ -38,8 +37,9 @@ class Planner:
         optimizer: as of `leyden.plan_memory`.
         precision: what parameters are held and computed in.
         device: whose operations are traced.
-        units: names of the parts that are gathered, or checkpointed, together.
+        parts: names of what is gathered, or checkpointed, together.
         plan: of tensor parallelism; None to find one.
+        reduce_dtype: what FSDP sends gradients in; None for what leyden's does.
 
     Attributes:
         notes: what is to be said below the table.
@@ -51,33 +51,41 @@ class Planner:
         optimizer: Any,
         precision: Precision,
         device: torch.device,
-        units: list[str],
+        parts: Parts,
         plan: Mapping[str, str] | None,
+        reduce_dtype: torch.dtype | None,
     ) -> None:
-        self._module, self._precision, self._device, self._units, self._plan = module, precision, device, units, plan
+        self._module, self._precision, self._device, self._parts, self._plan = module, precision, device, parts, plan
         self._model = fake_copy(module, device, precision.parameter_dtype)
+        self._gathered = self._model if precision.compute_dtype is None else self._low_copy()
+        self._reduce_size = 4 if reduce_dtype is None else reduce_dtype.itemsize
+        if reduce_dtype is None and precision.parameter_dtype is torch.float64:
+            self._reduce_size = 8
         self._optimizers = Optimizers(optimizer, self._model)
-        self._divided = without_a_step(self._model, units, plan)
+        self._divided = without_a_step(self._model, parts.blocks, plan)
         self._step: Step | None = None
-        self._cast_step: Step | None = None  # as FSDP's mixed precision runs it: the units in the lower precision
+        self._low_step: Step | None = None  # with the weights that FSDP's mixed precision gathers
         self.notes: list[str] = []
+
+    def _low_copy(self) -> FakeModel:
+        return fake_copy(self._module, self._device, self._precision.compute_dtype, sharded=True)
 
     def trace(self, batch: Any, strategies: Sequence[str], loss: Loss | None, checkpoint: bool) -> None:
         """Take a step; where the model cannot run without numbers, say so and go on without activations."""
         options: dict[str, Any] = {
-            "units": self._units,
+            "parts": self._parts,
             "plan": self._plan,
             "loss": loss,
             "activation_checkpointing": checkpoint,
+            "cast_batch": self._precision.parameter_dtype,
+            "reduce_size": self._reduce_size,
         }
-        precision, compute = self._precision, self._precision.compute_dtype
+        precision, kind = self._precision, self._device.type
         try:
             model = fake_copy(self._module, self._device, precision.parameter_dtype)
-            context = precision.step_context(self._device.type)
-            step = trace_step(model, batch, context, cast_batch=precision.parameter_dtype, **options)
-            if compute is not None and "fsdp" in strategies:
-                model = fake_copy(self._module, self._device, compute)
-                self._cast_step = trace_step(model, batch, nullcontext(), cast_batch=compute, **options)
+            step = trace_step(model, batch, precision.step_context(kind), **options)
+            if precision.compute_dtype is not None and "fsdp" in strategies:
+                self._low_step = trace_step(self._low_copy(), batch, precision.step_context(kind), **options)
             self._step, self._divided = step, step.divided
             if step.numbers_read:
                 self.notes.append("Numbers that the step reads with .item() were taken for 1.")
@@ -101,13 +109,13 @@ class Planner:
             shown = [row for row in rows if row.strategy == "tensor_parallel"]
             self.notes.append(self._tensor_parallel_note(shown[0]))
         if any(row.strategy == "fsdp" for row in rows):
-            self.notes.append(f"fsdp: {len(self._units)} units, and what is in none of them.")
+            self.notes.append(f"fsdp: {len(self._parts.units)} units, and what is in none of them.")
         if self._step is not None and self._device.type == "cpu":
             self.notes.append("Traced with the operations of the CPU; a GPU's differ in places, see docs/scaling.md.")
         flops = None if self._step is None else self._step.flops
         return MemoryPlan(title, rows, self.notes, flops, self._divided.columns, self._divided.rows)
 
-    def row(self, strategy: str, size: int, bucket_view: bool, reduce_dtype: torch.dtype | None) -> RankPlan:
+    def row(self, strategy: str, size: int, bucket_view: bool) -> RankPlan:
         """What one rank holds under a strategy."""
         shape = self._shape(strategy, size)
         parameters = self._model.parameters()
@@ -115,15 +123,14 @@ class Planner:
         weights += sum(buffer.nbytes for buffer in self._model.module.buffers())
         gradients = sum(math.prod(shape(each)) * each.element_size() for each in parameters if each.requires_grad)
         state = self._state(shape)
-        reduced_size = 1.0 if reduce_dtype is None else reduce_dtype.itemsize / self._compute_size()
         if strategy == "fsdp":
-            peak = self._fsdp_peak(size, gradients, reduced_size)
+            peak = self._fsdp_peak(gradients)
         else:
             peak = self._whole_peak(strategy, size, gradients, bucket_view)
         kept, passing = (0, 0) if state is None else (state.kept, state.passing)
         buckets = gradients if strategy == "ddp" and not bucket_view else 0
         constant = weights + kept + buckets
-        traced = self._cast_step if strategy == "fsdp" and self._cast_step is not None else self._step
+        traced = self._low_step if strategy == "fsdp" and self._low_step is not None else self._step
         return RankPlan(
             strategy=strategy,
             world_size=size,
@@ -134,7 +141,7 @@ class Planner:
             activations=None if traced is None else peak.activations,
             buffers=peak.buffers + buckets,
             total=constant + max(math.ceil(peak.peak), gradients + passing),
-            communication=self._communication(strategy, size, reduced_size),
+            communication=self._communication(strategy, size),
         )
 
     def _state(self, shape: Callable[[nn.Parameter], tuple[int, ...]]) -> State | None:
@@ -161,11 +168,6 @@ class Planner:
                         dimensions[id(parameter)] = dimension
         return lambda parameter: _divide(parameter.shape, dimensions.get(id(parameter)), size)
 
-    def _compute_size(self) -> int:
-        if self._precision.compute_dtype is not None:
-            return self._precision.compute_dtype.itemsize
-        return max((parameter.element_size() for parameter in self._model.parameters()), default=4)
-
     def _whole_peak(self, strategy: str, size: int, gradients: int, bucket_view: bool) -> _Peak:
         moments = self._step.moments if self._step is not None else []
         part = size if strategy == "tensor_parallel" else 1
@@ -185,41 +187,42 @@ class Planner:
         )
         return _Peak(math.ceil(activations), math.ceil(casts), 0, peak)
 
-    def _fsdp_peak(self, size: int, gradients: int, reduced_size: float) -> _Peak:
-        step = self._cast_step or self._step
+    def _fsdp_peak(self, gradients: int) -> _Peak:
+        step = self._low_step or self._step
         if step is None:
-            without = self._fsdp_buffers_without_a_step(reduced_size)
+            without = self._fsdp_buffers_without_a_step()
             return _Peak(0, 0, without, gradients + without)
         trained = max((moment.gradients + moment.divided_gradients for moment in step.moments), default=0) or 1
-        activations = 0
-        most = peak = 0.0
+        activations = casts = buffers = 0
+        peak = 0.0
         for moment in step.moments:
-            other = moment.other + moment.divided + moment.casts + moment.divided_casts
+            other, cast = moment.other + moment.divided, moment.casts + moment.divided_casts
             closed = moment.gradients + moment.divided_gradients - moment.open_gradients
-            buffers = reduced_size * moment.reduced + moment.unsharded + moment.gathered + moment.open_gradients
-            activations = max(activations, other)
-            most = max(most, buffers)
-            peak = max(peak, other + buffers + closed / trained * gradients)
-        return _Peak(activations, 0, math.ceil(most), peak)
+            buffer = moment.unsharded + moment.gathered + moment.open_gradients + moment.reduced
+            activations, casts, buffers = max(activations, other), max(casts, cast), max(buffers, buffer)
+            peak = max(peak, other + cast + buffer + closed / trained * gradients)
+        return _Peak(activations, casts, buffers, peak)
 
-    def _fsdp_units(self) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-        """Elements and trainable elements of each unit, and of what is in none."""
+    def _fsdp_units(self) -> list[tuple[int, int, int]]:
+        """Of each unit, and last of what is in none: bytes of parameters, of their gradients, and of these when reduced."""
         taken: set[int] = set()
         found = []
-        for name in [*self._units, ""]:
-            own = [each for each in self._model.module.get_submodule(name).parameters() if id(each) not in taken]
+        for name in [*self._parts.units, ""]:
+            part = self._gathered.module.get_submodule(name)
+            own = [each for each in part.parameters() if id(each) not in taken]
             taken.update(map(id, own))
-            found.append((sum(each.numel() for each in own), sum(each.numel() for each in own if each.requires_grad)))
-        return found[:-1], found[-1]
+            trained = [each for each in own if each.requires_grad]
+            reduced = self._reduce_size * sum(each.numel() for each in trained)
+            found.append((sum(each.nbytes for each in own), sum(each.nbytes for each in trained), reduced))
+        return found
 
-    def _fsdp_buffers_without_a_step(self, reduced_size: float) -> int:
-        units, root = self._fsdp_units()
-        item = self._compute_size()
+    def _fsdp_buffers_without_a_step(self) -> int:
+        *units, root = self._fsdp_units()
         # While a unit goes backward, the next one is gathered ahead, and gradients are copied to be reduced.
-        largest = max((2 * every + trainable * (1 + reduced_size) for every, trainable in units), default=0)
-        return math.ceil(item * (root[0] + max(largest, root[1] * (1 + reduced_size))))
+        largest = max((2 * gathered + trained + reduced for gathered, trained, reduced in units), default=0)
+        return root[0] + max(largest, root[1] + root[2])
 
-    def _communication(self, strategy: str, size: int, reduced_size: float) -> int | None:
+    def _communication(self, strategy: str, size: int) -> int | None:
         share = (size - 1) / size
         if strategy == "single":
             return 0
@@ -227,15 +230,15 @@ class Planner:
             trained = sum(each.nbytes for each in self._model.parameters() if each.requires_grad)
             return math.ceil(2 * share * trained)
         if strategy == "fsdp":
-            units, root = self._fsdp_units()
-            gathered = 2 * sum(every for every, _ in units) + root[0]
-            reduced = sum(trainable for _, trainable in units) + root[1]
-            return math.ceil(share * self._compute_size() * (gathered + reduced * reduced_size))
+            units = self._fsdp_units()
+            # What is in no unit stays gathered from the forward pass to the end of the backward pass.
+            gathered = 2 * sum(unit[0] for unit in units) - units[-1][0]
+            return math.ceil(share * (gathered + sum(unit[2] for unit in units)))
         return None if self._divided.reduced is None else math.ceil(2 * share * self._divided.reduced)
 
     def _tensor_parallel_note(self, row: RankPlan) -> str:
         if not self._divided.columns and not self._divided.rows:
-            return "tensor_parallel: no linear layer in a unit, so nothing is divided; give tensor_parallel_plan."
+            return "tensor_parallel: no linear layer in a list of blocks, so nothing is divided; give tensor_parallel_plan."
         shown = f"{_kinds(self._divided.columns)} by columns"
         if self._divided.rows:
             shown += f", {_kinds(self._divided.rows)} by rows"

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from leyden.strategy.sync_batchnorm import synchronise_batchnorm
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -135,6 +137,7 @@ class Strategy(ABC):
 
     def prepare_module(self, module: LightningModule, settings: Settings) -> None:
         """Bring the module to the device, in place."""
+        synchronise_batchnorm(module, settings, self.data_world_size, self.device)
         module.to(self.device)
 
     def wrap_training_step(self, module: LightningModule, step: Callable[..., Any]) -> Callable[..., Any]:

@@ -76,6 +76,11 @@ class HogwildStrategy(DistributedStrategy):
             reject("accelerator", layout.device.type, "'cpu' with strategy='hogwild'")
         super().settle(layout)
 
+    def connect(self) -> None:
+        """See `Strategy.connect`. One rank alone has nobody to meet."""
+        if self.world_size > 1:
+            super().connect()
+
     def before_start(self, module: LightningModule, settings: Settings) -> None:
         """Bring the module into shared memory, in its final form.
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from leyden.errors import ConfigurationError, RankError
@@ -85,7 +86,7 @@ def run_function(trainer: Trainer, verb: str, args: tuple[Any, ...]) -> Any:
     from leyden.strategy.bring_back import take_over
 
     named = inspect.signature(getattr(trainer, verb)).bind(*args).arguments
-    _refuse_initialized_cuda(trainer)
+    _refuse_what_cannot_start(trainer)
     trainer.strategy.before_start(named.get("model") or trainer.lightning_module, trainer._settings)
     for logger in trainer.loggers:
         if logger.save_dir is not None:
@@ -184,8 +185,13 @@ def at_prompt() -> bool:
     return hasattr(sys, "ps1") or "ipykernel" in sys.modules
 
 
-def _refuse_initialized_cuda(trainer: Trainer) -> None:
+def _refuse_what_cannot_start(trainer: Trainer) -> None:
     strategy = trainer.strategy
+    if dist.is_available() and dist.is_initialized():
+        raise ConfigurationError(
+            "This process is in a process group of torch.distributed already, perhaps since a verb of one rank, so it cannot start "
+            "other ranks. Call torch.distributed.destroy_process_group() first."
+        )
     if strategy.start_method == "fork" and strategy.device.type == "cuda" and torch.cuda.is_initialized():
         raise ConfigurationError(
             "This process has used CUDA already, and a forked one could not. Restart the notebook's kernel and keep tensors and "

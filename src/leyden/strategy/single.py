@@ -37,7 +37,7 @@ class SingleDevice(Strategy):
             xla.check_settings(settings)
             xla.move_module(module, self.device)
         else:
-            module.to(self.device)
+            super().prepare_module(module, settings)
 
     def barrier(self, name: str | None = None) -> None:
         """Return at once: there is nobody to wait for."""

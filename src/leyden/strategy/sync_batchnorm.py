@@ -42,7 +42,7 @@ def synchronise_batchnorm(
         for layer in module.modules():
             if type(layer) is nn.SyncBatchNorm:
                 layer.__class__ = HostSyncBatchNorm  # it is the user's object, in whatever places he keeps it
-    layers = sum(isinstance(layer, nn.SyncBatchNorm) for layer in module.modules())
+    layers = sum(isinstance(layer, (nn.SyncBatchNorm, HostSyncBatchNorm)) for layer in module.modules())
     _tell(settings, "sync_batchnorm=True", f"{layers} BatchNorm layers count the samples of {ranks} ranks")
 
 
@@ -51,12 +51,14 @@ def _tell(settings: Settings, name: str, reason: str) -> None:
         settings.reasons.append((name, reason))
 
 
-class HostSyncBatchNorm(nn.SyncBatchNorm):
-    """`torch.nn.SyncBatchNorm` for tensors on the CPU: equal to BatchNorm in one process that has the samples of all ranks.
+class HostSyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # the base of all; torch has no public name for it
+    """What `torch.nn.SyncBatchNorm` is for GPUs, for tensors on the CPU: equal to BatchNorm in one process that has the samples of all ranks.
 
     Two collectives in the forward pass, for mean and variance, and two in the backward pass. Ranks may have different numbers
-    of samples.
+    of samples. It is no subclass of torch's, which DDP refuses on the CPU.
     """
+
+    process_group: dist.ProcessGroup | None
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise by the statistics of all ranks' samples in training, else as BatchNorm does.
