@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11 pytho
 	if "$$p" $(MODERN); then echo "$$p"; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test faults lint types bench bench-quick clean distclean
+.PHONY: help venv demo test faults faults-ranks lint types bench bench-quick clean distclean
 
 help: ## this list
 	@echo "make TARGET [ARGS=...] [PYTHON=...]"; echo
@@ -29,6 +29,9 @@ test: $(STAMP) ## run the tests
 
 faults: $(STAMP) ## kill a run at each of its instants and compare (half an hour; ARGS="--share 6" looks at one in six)
 	$(BIN)/python tests/faults/driver.py $(ARGS)
+
+faults-ranks: $(STAMP) ## let one of two processes fail in every way, and time the end of all (ten minutes)
+	cd tests/distributed && $(abspath $(BIN))/python matrix.py $(ARGS)
 
 lint: $(STAMP) ## check style and formatting
 	$(BIN)/ruff check .

@@ -230,7 +230,7 @@ def _join_ranks(run: Run, parts: Parts) -> None:
     run.sync_gradients = parts.strategy.gradient_sync()
     if not parts.strategy.in_step:  # an epoch's hooks, as an evaluation, see weights that stand still
         run.hooks.on_train_epoch_end = (parts.strategy.barrier, *run.hooks.on_train_epoch_end)
-    run.agrees_on_skipping = any(
+    run.agrees_on_skipping = parts.strategy.in_step and any(
         not getattr(hook, "__module__", "").startswith("leyden.") for hook in run.hooks.on_train_batch_start
     )
 

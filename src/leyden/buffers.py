@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leyden.shards import local_part
+
 
 class BufferBackup:
     """A copy of a module's buffers, such as BatchNorm's statistics, into memory that is allocated once.
@@ -44,13 +46,13 @@ class BufferBackup:
 
 
 def copy_values(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy the values of tensors into others of their shapes, in one call.
+    """Copy the values of tensors into others of their shapes, in one call; of those that ranks have parts of, this rank's.
 
     torch_xla 2.9 would let both have one buffer, and free it when either is changed in place («buffer is deleted»). What is
     computed, if only by a product with 1, gets a buffer of its own.
     """
-    apart = [source * 1 if source.device.type == "xla" else source for source in sources]
-    torch._foreach_copy_(targets, apart)
+    apart = [source * 1 if source.device.type == "xla" else local_part(source) for source in sources]
+    torch._foreach_copy_([local_part(target) for target in targets], apart)
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:

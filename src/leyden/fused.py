@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
+from leyden.shards import is_sharded, local_part
+
 FUSED_KINDS: tuple[type[Optimizer], ...] = (AdamW, Adam, SGD, Adagrad)
 """The optimizers that torch has fused kernels for; a subclass comes before its base."""
 
@@ -131,7 +133,11 @@ def _kind(optimizer: Optimizer) -> type[Optimizer] | None:
 
 def _unfit(kind: type[Optimizer], parameters: Iterable[Tensor]) -> str | None:
     """What about the parameters torch's fused kernels do not take."""
-    for parameter in parameters:
+    parameters = list(parameters)
+    meshes = {parameter.device_mesh if is_sharded(parameter) else None for parameter in parameters}
+    if len(meshes) > 1:
+        return "ranks have parts of parameters in different ways"
+    for parameter in map(local_part, parameters):
         if type(parameter) not in (Tensor, nn.Parameter):
             return f"a parameter is a {type(parameter).__name__}"
         if parameter.layout is not torch.strided or not torch.ops.aten.is_non_overlapping_and_dense(parameter):

@@ -11,8 +11,6 @@ import pytest
 import torch
 import torch.distributed.fsdp  # before ranks are forked, so that each need not
 import torchmetrics
-from quiet import Memory, make_trainer
-from ranks import run_trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -22,6 +20,8 @@ from leyden.errors import ConfigurationError, RankError
 from leyden.shards import is_sharded
 from leyden.strategy import FSDPStrategy
 from leyden.strategy.units import Settling, choose_units, post_order
+from quiet import Memory, make_trainer
+from ranks import run_trainers
 
 GLOBAL_BATCH = 12
 

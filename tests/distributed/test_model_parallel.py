@@ -9,8 +9,6 @@ import pytest
 import torch
 import torch.distributed.fsdp  # before ranks are forked, so that each need not
 import torch.distributed.tensor.parallel
-from quiet import Memory, make_trainer
-from ranks import run_trainers
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -22,6 +20,8 @@ from leyden.errors import ConfigurationError, RankError
 from leyden.shards import is_sharded
 from leyden.strategy import ModelParallelStrategy
 from leyden.strategy.base import Layout
+from quiet import Memory, make_trainer
+from ranks import run_trainers
 
 GLOBAL_BATCH = 12
 

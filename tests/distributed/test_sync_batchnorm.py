@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.fsdp  # before ranks are forked, so that each need not
-from quiet import Memory, make_trainer
-from ranks import run_ranks, run_trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,6 +16,8 @@ import leyden as L
 from leyden.settings import Settings
 from leyden.strategy import DDPStrategy, FSDPStrategy
 from leyden.strategy.sync_batchnorm import HostSyncBatchNorm, synchronise_batchnorm
+from quiet import Memory, make_trainer
+from ranks import run_ranks, run_trainers
 
 CPU = torch.device("cpu")
 KINDS: list[tuple[type[nn.Module], tuple[int, ...], dict[str, Any]]] = [

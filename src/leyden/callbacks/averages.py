@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from leyden.buffers import copy_values
 from leyden.errors import warn
+from leyden.shards import cut_like, local_part
 
 Average = Callable[[Sequence[Tensor], Sequence[Tensor], int], Any]
 """Changes a list of averages in place, given as many values and how many were averaged so far."""
@@ -112,7 +113,7 @@ class Averages:
 
     def _like(self, tensor: Tensor, source: Tensor) -> Tensor:
         """A copy of ``source`` laid out as ``tensor``, on the averages' device; ``source`` itself if it is that already."""
-        device = self._device or tensor.device
+        device, source = self._device or tensor.device, cut_like(source, tensor)
         is_there = device in (source.device, torch.device(source.device.type))  # "cuda" says no index
         fits = source.dtype == tensor.dtype and source.stride() == tensor.stride()
         if is_there and fits and source is not tensor:
@@ -140,7 +141,7 @@ class Averages:
                 values = [tensors[index] for index in indices]
                 if self._device is not None:
                     values = [value.to(averages[0].device) for value in values]
-                self._average(averages, values, self.updates - start)
+                self._average([*map(local_part, averages)], [*map(local_part, values)], self.updates - start)
             if len(self.values) < len(self._places):
                 for name, tensor in zip(self._places, tensors, strict=True):
                     if name not in self.values:
@@ -267,6 +268,7 @@ def _alike(new: Tensor | None, old: Tensor) -> bool:
 def _view(tensor: Tensor) -> tuple[Any, ...]:
     if tensor.layout is not torch.strided:
         return (id(tensor),)
+    tensor = local_part(tensor)
     memory = tensor.data_ptr() or id(tensor.untyped_storage())  # on "xla" all addresses are 0
     return tensor.device, memory, tensor.dtype, tensor.shape, tensor.stride()
 

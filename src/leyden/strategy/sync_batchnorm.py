@@ -51,8 +51,8 @@ def _tell(settings: Settings, name: str, reason: str) -> None:
         settings.reasons.append((name, reason))
 
 
-class HostSyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # the base of all; torch has no public name for it
-    """What `torch.nn.SyncBatchNorm` is for GPUs, for tensors on the CPU: equal to BatchNorm in one process that has the samples of all ranks.
+class HostSyncBatchNorm(nn.modules.batchnorm._BatchNorm):  # the base of all, without a public name
+    """`torch.nn.SyncBatchNorm` for the CPU: equal to BatchNorm in one process that has the samples of all ranks.
 
     Two collectives in the forward pass, for mean and variance, and two in the backward pass. Ranks may have different numbers
     of samples. It is no subclass of torch's, which DDP refuses on the CPU.
