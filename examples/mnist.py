@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train, test, draw. The exit code is 1 if a run of the default length misses the target."""
     args = parse(arguments)
     L.seed_everything(args.seed)
-    model, digits = DigitClassifier(), Digits(args.full, args.batch_size)
+    model, digits = DigitClassifier(), Digits(args.full, args.batch_size // args.devices)
 
     board = TensorBoardLogger(args.out, name="mnist")
     table = CSVLogger(args.out, name="mnist", version=board.version)  # the same folder for both
@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trainer = L.Trainer(
         max_epochs=args.epochs or (6 if args.full else 12),
         accelerator=args.accelerator,
-        devices=1,
+        devices=args.devices,
         precision=args.precision,
         logger=[board, table],
         callbacks=[best, EarlyStopping(monitor="val_loss", patience=5)],
@@ -224,6 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trainer.fit(model, datamodule=digits)
     [result] = trainer.test(model, datamodule=digits, ckpt_path="best")
 
+    if not trainer.is_global_zero:  # with several devices each process comes here, and one draws
+        return 0
     folder = Path(table.log_dir)
     accuracy = float(result["test_acc"])
     curves = draw_curves(folder / "metrics.csv", folder / "curves.png", len(digits.train_dataloader()))
@@ -244,6 +246,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers but the split (default: 0)")
     parser.add_argument("--precision", default="32-true", help="such as bf16-mixed (default: 32-true)")
     parser.add_argument("--accelerator", default="auto", help="cpu, cuda, mps … (default: the best there is)")
+    parser.add_argument("--devices", type=int, default=1, help="with a process each, that share a batch (default: 1)")
     parser.add_argument("--out", default=str(ROOT / "runs"), help="folder for runs (default: runs/)")
     return parser.parse_args(arguments)
 

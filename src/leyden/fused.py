@@ -137,6 +137,8 @@ def _unfit(kind: type[Optimizer], parameters: Iterable[Tensor]) -> str | None:
     meshes = {parameter.device_mesh if is_sharded(parameter) else None for parameter in parameters}
     if len(meshes) > 1:
         return "ranks have parts of parameters in different ways"
+    if meshes != {None} and meshes and kind not in (Adam, AdamW):
+        return "torch has no fused ones for parameters of which each rank has a part"
     for parameter in map(local_part, parameters):
         if type(parameter) not in (Tensor, nn.Parameter):
             return f"a parameter is a {type(parameter).__name__}"

@@ -289,6 +289,7 @@ def validate(run: Run) -> None:
     assert run.validation is not None
     if run.mode is not Mode.MANUAL:
         call(run.hooks.on_validation_model_zero_grad)  # frees memory; in manual mode gradients are the user's
+    run.strategy.send_buffers(run.module)
     evaluate(run.validation)
     report(run.validation)
     run.metrics.enter_batches()

@@ -238,6 +238,36 @@ def test_predictions_of_several_loaders_come_in_order(tmp_path: Path) -> None:
         assert len(torch.cat(second)) == 3
 
 
+class Normed(Regression):
+    """Statistics of batches differ by rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 1))
+
+
+def test_what_is_validated_is_what_is_saved(tmp_path: Path) -> None:
+    def fit(rank: int) -> tuple[Any, ...]:
+        L.seed_everything(SEED + rank, verbose=False)
+        module = Normed()
+        untrained = make_trainer(tmp_path).validate(module, DataLoader(data(50), batch_size=5))[0]["val_error"]
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        trainer = make_trainer(tmp_path, enable_checkpointing=True, max_epochs=2)
+        trainer.fit(module, DataLoader(data(48), batch_size=6), DataLoader(data(50), batch_size=5))
+        value = float(trainer.callback_metrics["val_error"])
+        return untrained, before, value, trainer.checkpoint_callback.best_model_path
+
+    first, second = run_trainers(fit, 2)
+    alone = make_trainer(tmp_path)
+    loader = DataLoader(data(50), batch_size=10)
+    module = Normed()
+    for untrained, weights, value, path in (first, second):
+        module.load_state_dict(weights)
+        assert untrained == pytest.approx(alone.validate(module, loader)[0]["val_error"], rel=1e-5)
+        assert value == pytest.approx(alone.validate(module, loader, ckpt_path=path)[0]["val_error"], rel=1e-5)
+    assert all(torch.equal(first[1][name], second[1][name]) for name in first[1]), "rank 0's, though seeds differ"
+
+
 class Quiet(L.LightningModule):
     """Nothing but a training step."""
 

@@ -280,6 +280,7 @@ class CSVLogger(Logger):
     def adopt_version(self, version: int | str | None) -> None:
         """Be a silent copy of rank zero's logger: take its version, and write nothing from here on."""
         self._silent = True
+        self._folder.give_back()
         if version is not None:
             self._folder.set_version(version)
 

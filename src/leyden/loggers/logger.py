@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import enum
 import json
@@ -91,7 +92,11 @@ class Logger(ABC):
         """Called after a checkpoint was written."""
 
     def adopt_version(self, version: int | str | None) -> None:
-        """Be a silent copy of rank zero's logger: take its version, and write nothing from here on."""
+        """Be a silent copy of rank zero's logger: take its version, and write nothing from here on.
+
+        Args:
+            version: None in a process that only watches over the ranks, and never logs.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return, as plain data, how far this logger has written; it becomes part of a checkpoint.
@@ -150,6 +155,7 @@ class VersionFolder:
         self.save_dir = os.fspath(save_dir)
         self.root_dir = os.path.join(self.save_dir, name or "")
         self._version = version
+        self._made: str | None = None  # the folder that was made to take a number
 
     @property
     def version(self) -> int | str:
@@ -173,16 +179,25 @@ class VersionFolder:
         """Use this version; makes no folder."""
         self._version = version
 
+    def give_back(self) -> None:
+        """Leave the number to somebody else, if it was taken here and nothing has been written under it."""
+        if self._made is not None:
+            with contextlib.suppress(OSError):  # it is not empty
+                os.rmdir(self._made)
+        self._made = None
+
     def _take_next_number(self) -> int:
         os.makedirs(self.root_dir, exist_ok=True)
         taken = [int(match[1]) for entry in os.listdir(self.root_dir) if (match := _VERSION.fullmatch(entry))]
         number = max(taken, default=-1) + 1
         while True:
+            folder = os.path.join(self.root_dir, f"version_{number}")
             try:
-                os.mkdir(os.path.join(self.root_dir, f"version_{number}"))
+                os.mkdir(folder)
             except FileExistsError:
                 number += 1
             else:
+                self._made = folder
                 return number
 
 

@@ -230,6 +230,7 @@ class TensorBoardLogger(Logger):
     def adopt_version(self, version: int | str | None) -> None:
         """Be a silent copy of rank zero's logger: take its version, and write nothing from here on."""
         self._writer = _SilentWriter()
+        self._folder.give_back()
         if version is not None:
             self._folder.set_version(version)
 

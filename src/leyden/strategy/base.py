@@ -140,6 +140,9 @@ class Strategy(ABC):
         synchronise_batchnorm(module, settings, self.data_world_size, self.device)
         module.to(self.device)
 
+    def send_buffers(self, module: nn.Module) -> None:
+        """Give every rank the same buffers before an evaluation, where each has updated its own."""
+
     def wrap_training_step(self, module: LightningModule, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return what the loop calls for ``step``, once the weights are in place."""
         return step

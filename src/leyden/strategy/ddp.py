@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from leyden.errors import did_you_mean, reject
@@ -17,6 +18,7 @@ from leyden.strategy.distributed import DistributedStrategy
 
 if TYPE_CHECKING:
     from leyden.module import LightningModule
+    from leyden.settings import Settings
 
 CommHook = Callable[[Any, Any], Any]
 COMM_HOOKS = ("bf16_compress", "fp16_compress", "powerSGD")
@@ -75,11 +77,20 @@ class DDPStrategy(DistributedStrategy):
         self.comm_state = comm_state
         self._ddp: DistributedDataParallel | None = None
 
+    def prepare_module(self, module: LightningModule, settings: Settings) -> None:
+        """Bring the module to the device, with the weights of rank 0: ranks may have drawn others."""
+        super().prepare_module(module, settings)
+        send(tensor for tensor in (*module.parameters(), *module.buffers()) if not is_lazy(tensor))
+
+    def send_buffers(self, module: nn.Module) -> None:
+        """Give every rank the buffers of rank 0, which are those of a checkpoint."""
+        if self.broadcast_buffers:
+            send(module.buffers())
+
     def wrap_training_step(self, module: LightningModule, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Return DDP around the step; its construction gives every rank the weights of rank 0."""
+        """Return DDP around the step."""
         self._ddp = None
         if not module.automatic_optimization or not any(p.requires_grad for p in module.parameters()):
-            self._send_weights(module)
             return step
         cuda = self.device.type == "cuda"
         buffers: dict[str, Any] = {} if self.broadcast_buffers else {_SYNC_BUFFERS: False}
@@ -112,11 +123,6 @@ class DDPStrategy(DistributedStrategy):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         average_gradients([parameter for parameter in parameters if parameter.requires_grad], self.world_size)
 
-    def _send_weights(self, module: nn.Module) -> None:
-        with torch.no_grad():
-            for tensor in (*module.parameters(), *module.buffers()):
-                dist.broadcast(tensor.detach(), src=0)
-
     def _register_comm_hook(self, ddp: DistributedDataParallel) -> None:
         hook, state = self.comm_hook, self.comm_state
         if hook is None:
@@ -145,6 +151,12 @@ class _Step(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         return self._step(*args)
+
+
+def send(tensors: Iterable[Tensor]) -> None:
+    """Give every rank the values of rank 0, in place."""
+    for tensor in tensors:
+        dist.broadcast(tensor.detach(), src=0)
 
 
 def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:

@@ -55,7 +55,9 @@ class HogwildStrategy(DistributedStrategy):
         self, *, start_method: str = "fork", timeout: timedelta = timedelta(minutes=30), log_dir: str | None = None
     ) -> None:
         if start_method not in _METHODS:
-            known = f"{', '.join(map(repr, _METHODS))}; the memory that Hogwild's ranks share must come from one process"
+            known = (
+                f"{', '.join(map(repr, _METHODS))}; the memory that Hogwild's ranks share must come from one process"
+            )
             reject("start_method", start_method, known)
         super().__init__(start_method=start_method, timeout=timeout, log_dir=log_dir)
 
@@ -127,7 +129,11 @@ class HogwildStrategy(DistributedStrategy):
 def _refuse(settings: Settings) -> None:
     """Refuse what makes ranks wait for each other, or would leave weights half-way."""
     for name, value, why in (
-        ("sync_batchnorm", settings.sync_batchnorm, "ranks do not meet in a step; BatchNorm's statistics are shared as they are"),
+        (
+            "sync_batchnorm",
+            settings.sync_batchnorm,
+            "ranks do not meet in a step; BatchNorm's statistics are shared as they are",
+        ),
         ("nan_policy", settings.nan_policy, "ranks would compare in each step"),
         ("max_restarts", settings.max_restarts, "the weights are shared with the ranks that failed"),
         ("compile", settings.compile, "a graph has weights of its own"),

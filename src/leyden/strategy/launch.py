@@ -28,8 +28,8 @@ from leyden.seed import capture_random_state, restore_random_state
 from leyden.strategy.unpicklable import PICKLING_ERRORS, first_unpicklable
 
 if TYPE_CHECKING:
-    from leyden.strategy.base import Layout
     from leyden.module import LightningModule
+    from leyden.strategy.base import Layout
     from leyden.trainer import Trainer
 
 R = TypeVar("R")
@@ -66,6 +66,8 @@ def run_script(trainer: Trainer) -> None:
             "devices asks for several ranks, each of which runs the program again, but Python was started without one. Use "
             "strategy='ddp_fork' at a prompt or in a notebook, or put the code into a file."
         )
+    for logger in trainer.loggers:
+        logger.adopt_version(None)
     sys.stdout.flush()
     sys.stderr.flush()
     _, code, said = _watch_over(trainer, sys.executable, arguments)

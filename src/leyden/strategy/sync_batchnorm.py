@@ -41,7 +41,7 @@ def synchronise_batchnorm(
     if device.type == "cpu":
         for layer in module.modules():
             if type(layer) is nn.SyncBatchNorm:
-                layer.__class__ = HostSyncBatchNorm  # it is the user's object, in whatever places he keeps it
+                layer.__class__ = HostSyncBatchNorm  # type: ignore[assignment]  # it is the user's object, in whatever places he keeps it
     layers = sum(isinstance(layer, (nn.SyncBatchNorm, HostSyncBatchNorm)) for layer in module.modules())
     _tell(settings, "sync_batchnorm=True", f"{layers} BatchNorm layers count the samples of {ranks} ranks")
 

@@ -143,9 +143,11 @@ class Settling:
         """Bring the tensors that ``module`` itself owns to the device; those on the meta device are made there."""
         if any(each.is_meta for each in _own(module).values()):
             self._make(module)
-        elif self._waiting and (reset := _reset_of(module)) is not None and self._unset(module):
-            with torch.no_grad():  # one that sets the parameters of its parts, such as nn.Transformer
-                reset()
+        elif self._waiting and (reset := _reset_of(module)) is not None:
+            # one that sets the parameters of its parts; torch's own copies these before, and copies have not been written to
+            if isinstance(module, nn.Transformer) or self._unset(module):
+                with torch.no_grad():
+                    reset()
         for each in _own(module).values():
             if is_sharded(each) or id(each) in self._settled:
                 continue
