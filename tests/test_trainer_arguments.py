@@ -24,8 +24,9 @@ from leyden.strategy import SingleDevice
 
 torch.set_num_threads(1)
 
-ARGUMENTS = """accelerator strategy devices num_nodes max_restarts precision logger callbacks fast_dev_run max_epochs min_epochs max_steps
-min_steps max_time limit_train_batches limit_val_batches limit_test_batches limit_predict_batches overfit_batches
+ARGUMENTS = """accelerator strategy devices num_nodes max_restarts precision logger callbacks fast_dev_run
+max_epochs min_epochs max_steps min_steps max_time
+limit_train_batches limit_val_batches limit_test_batches limit_predict_batches overfit_batches
 val_check_interval check_val_every_n_epoch num_sanity_val_steps log_every_n_steps enable_checkpointing
 enable_progress_bar enable_model_summary accumulate_grad_batches gradient_clip_val gradient_clip_algorithm deterministic
 benchmark inference_mode use_distributed_sampler profiler detect_anomaly nan_policy oom_policy barebones plugins sync_batchnorm

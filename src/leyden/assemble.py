@@ -20,7 +20,6 @@ from leyden.datamodule import LightningDataModule
 from leyden.errors import ConfigurationError, HookError, NonFiniteError, reject, warn
 from leyden.fused import KernelChoice, choose_kernels
 from leyden.hooks import Resolver, check_names, overridden, step_arity
-from leyden.keep_up import batches_in_step
 from leyden.metrics import Metrics
 from leyden.module import LightningModule
 from leyden.optimizers import LightningOptimizer, clip_gradients, needs_closure, normalize_optimizers, zero_grad_of
@@ -204,12 +203,13 @@ def make_run(parts: Parts, reload_loaders: Callable[[Run], None]) -> Run:
         strategy=parts.strategy,
     )
     _join_ranks(run, parts)
+    optimizers = parts.strategy.wire(run, settings, found.optimizers)
     own_zero_grad = parts.own("optimizer_zero_grad")
     if optimizer is not None and own_zero_grad is not None:
         run.zero_grad = lambda: own_zero_grad(run.progress.epoch, run.progress.batch, optimizer)
     apply_policies(run, settings, parts.resolver.trainer, parts.resolver.callbacks)
-    run.handles = _make_handles(run, found.optimizers)
-    run.kernels = _choose_kernels(parts, run, found.optimizers)
+    run.handles = _make_handles(run, optimizers)
+    run.kernels = _choose_kernels(parts, run, optimizers)
     if settings.compile:
         from leyden.compiled import make_compilation  # torch's compiler takes a second to import
 
@@ -387,12 +387,15 @@ def make_evaluation(
         predictions=[[] for _ in sources] if keep_predictions else None,
         records_indices=record_indices,
         epoch_batch_indices=[[] for _ in sources],
-        in_step=partial(batches_in_step, parts.strategy) if parts.strategy.communicates_in_forward else None,
     )
     if parts.device.type == "xla":
         xla.sync_each_batch(evaluation)
     if not parts.strategy.in_step:
         evaluation.hooks.start = (parts.strategy.barrier, *evaluation.hooks.start)
+    if parts.strategy.communicates_in_forward:
+        from leyden.keep_up import batches_in_step  # for few runs
+
+        evaluation.in_step = partial(batches_in_step, parts.strategy)
     profile_evaluation(evaluation, parts.profiler)
     return evaluation
 

@@ -26,6 +26,8 @@ def train(run: Run) -> None:
     progress, hooks, metrics, account = run.progress, run.hooks, run.metrics, run.account
     clock = account.begin(run)
     call(hooks.on_train_start)
+    if run.agreement is not None:
+        run.agreement.reach(run)  # a timer may have no time left
     while run.wants_epoch():
         position = begin_epoch(run)
         account.mark = clock()

@@ -156,7 +156,7 @@ class ValidationSchedule:
     def note_batch(self, progress: Progress, epoch_is_over: bool) -> None:
         """Count a batch; a validation that falls into a window of accumulated batches is owed until its end."""
         if self.every is not None:
-            if time.monotonic() - self.last >= self.every.total_seconds():
+            if not self.owed and time.monotonic() - self.last >= self.every.total_seconds():
                 (self.ask or self.owe)()
             return
         if self.every_n_epochs is None:
@@ -370,6 +370,8 @@ class Run:
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backward from inside of the user's step: scaled, outside of autocast, with its hooks."""
+        if self.weight != 1.0:
+            loss = loss * self.weight
         for hook in self.hooks.on_before_backward:
             hook(loss)
         with self.backward_context:
@@ -401,9 +403,10 @@ class Run:
             if not config.reduce_on_plateau or done % config.frequency:
                 continue
             values = self.metrics.callback_values()
-            if config.monitor in values:
-                # values of single steps are each rank's own
-                self._step_scheduler(config, self.strategy.broadcast(values[config.monitor]))
+            # values of single steps are each rank's own, and rank 0 may have logged one that others have not
+            value = self.strategy.broadcast(values.get(str(config.monitor)))
+            if value is not None:
+                self._step_scheduler(config, value)
             elif config.strict:
                 raise missing_metric("ReduceLROnPlateau", str(config.monitor), values)
 

@@ -200,6 +200,7 @@ class Trainer(TrainerRequests):
             run.serve_requests()
             with run.account.spent_on("checkpoints"):
                 self._writer.wait()
+                self.strategy.barrier("fit")  # each rank may now read the files that the first one has written
 
     def validate(
         self,

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from quiet import Memory, make_trainer
-from ranks import run_trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
@@ -18,6 +16,8 @@ from leyden.callbacks import EarlyStopping
 from leyden.errors import ConfigurationError
 from leyden.precision import Precision
 from leyden.strategy import DDPStrategy
+from quiet import Memory, make_trainer
+from ranks import run_trainers
 
 GLOBAL_BATCH = 12
 SEED = 5
@@ -118,7 +118,7 @@ def train(
     if arguments.pop("weighted", False):
         arguments |= {"shuffle": False, "sampler": WeightedRandomSampler(dataset.tensors[1].flatten().exp(), samples)}
     settings: dict[str, Any] = {"max_epochs": 2, "logger": memory, "log_every_n_steps": 1} | options
-    callbacks = settings.pop("callbacks", lambda: [])()
+    callbacks = settings.pop("callbacks", list)()
     trainer = make_trainer(folder, *callbacks, **settings)
     validation = DataLoader(data(103), batch_size=GLOBAL_BATCH // ranks)
     trainer.fit(module, DataLoader(dataset, **arguments), validation)

@@ -279,7 +279,7 @@ class Fails(Count):
 
 
 def test_a_failure_ends_a_rank_that_waits_for_nobody(tmp_path: Path) -> None:
-    with pytest.raises(RankError, match="rank 1, .*ValueError: no more"):
+    with pytest.raises(RankError, match=r"rank 1, .*ValueError: no more"):
         hogwild(tmp_path).fit(Fails(20), DataLoader(Numbers(20), 1))
 
 

@@ -53,7 +53,14 @@ def start(number: int, host: str, folder: Path, *options: str) -> subprocess.Pop
     """One machine's torchrun: with its own network, and its own name."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": f"{host}-0"}
     command = ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', host]
-    command += [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
+    command += [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+    ]
     command += [f"--rdzv-endpoint={ADDRESSES[0]}:{PORT}", "--rdzv-id=job", f"--local-addr={ADDRESSES[number]}"]
     # names do not resolve here, by which the first machine would know itself
     command += [f"--rdzv-conf=is_host={int(number == 0)},timeout=60", str(PROGRAM), str(folder), *options]

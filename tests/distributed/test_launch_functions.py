@@ -284,7 +284,7 @@ def test_an_exception_in_a_rank_is_named_and_its_traceback_seen(
 
 
 def test_a_killed_rank_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RankError, match="rank 1, .*exit code -9"):
+    with pytest.raises(RankError, match=r"rank 1, .*exit code -9"):
         forked(tmp_path).fit(Fails(1, "kill"), loader(4))
 
 
@@ -375,6 +375,8 @@ SCRIPT = """
                 if self.global_rank == 0:
                     print("training", flush=True)
                 time.sleep(0.1)
+            if {busy}:
+                torch.randn(600, 600) @ torch.randn(600, 600)
             return super().training_step(batch, batch_idx)
 
     if __name__ == "__main__":
@@ -393,7 +395,14 @@ SCRIPT = """
 
 def program(folder: Path, **given: Any) -> subprocess.Popen[str]:
     here = Path(__file__).parent
-    values = {"paths": [str(here), str(here.parent)], "slow": False, "before": "", "epochs": 2, "folder": str(folder)}
+    values = {
+        "paths": [str(here), str(here.parent)],
+        "slow": False,
+        "busy": False,
+        "before": "",
+        "epochs": 2,
+        "folder": str(folder),
+    }
     path = folder / "program.py"
     path.write_text(textwrap.dedent(SCRIPT.format(**(values | given))))
     return subprocess.Popen(
@@ -411,6 +420,16 @@ def test_spawned_ranks_train_weights_of_their_own(tmp_path: Path) -> None:
     said, _ = process.communicate(timeout=120)
     assert "equal 4" in said, said
     assert process.returncode == 0
+
+
+def test_forked_ranks_do_not_wait_for_the_parents_threads(tmp_path: Path) -> None:
+    before = "torch.set_num_threads(2); torch.randn(600, 600) @ torch.randn(600, 600)"
+    process = program(tmp_path, strategy="ddp_fork", busy=True, before=before)
+    try:
+        said, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert "equal 4" in said, said
 
 
 @pytest.mark.parametrize("to_all", [True, False])

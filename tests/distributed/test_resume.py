@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from quiet import make_trainer
-from ranks import run_trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import leyden as L
 from leyden.callbacks import ModelCheckpoint
+from quiet import make_trainer
+from ranks import run_trainers
 
 SAMPLES, GLOBAL_BATCH, EPOCHS = 98, 12, 2  # nine batches per epoch, the last one of two samples
 STOP_AT = 13  # in the middle of the second epoch

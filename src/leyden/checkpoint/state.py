@@ -49,7 +49,7 @@ def capture(
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
         "run_id": None if run is None else run.run_id,
-        "state_dict": module.state_dict(),
+        "state_dict": trainer.strategy.module_state(module),
         "hyper_parameters": dict(saved.values),
         "hparams_name": saved.name,
         "hparams_omitted": dict(saved.omitted),
@@ -92,20 +92,26 @@ def _add_other_ranks(checkpoint: dict[str, Any], strategy: Strategy) -> None:
     """Put what each rank has of its own beside that of rank 0, which stands where one process has it."""
     if strategy.data_world_size > 1:
         own = {key: checkpoint[key] for key in _OF_EACH_RANK}
+        if not strategy.shards_state:  # else each rank writes its part of the gradients as it does of the weights
+            own["optimizer_windows"] = checkpoint["optimizer_windows"]
         checkpoint["other_ranks"] = strategy.gather_data_ranks(own)[1:]
 
 
 def _of_this_rank(checkpoint: dict[str, Any], strategy: Strategy) -> tuple[dict[str, Any], bool]:
     """What a checkpoint has for this rank, and whether it was written by as many ranks as there are now.
 
-    If not, rank 0 goes on with what all of them had logged, and the others begin anew.
+    If not, rank 0 goes on with what all of them had logged, and the others begin anew. The gradients of windows that were begun
+    are then the mean of theirs, on every rank, since the mean over ranks is what they are for.
     """
-    parts = [{key: checkpoint.get(key) for key in _OF_EACH_RANK}, *checkpoint.get("other_ranks", ())]
+    first = {key: checkpoint.get(key) for key in (*_OF_EACH_RANK, "optimizer_windows")}
+    parts = [first, *checkpoint.get("other_ranks", ())]
     if len(parts) == strategy.data_world_size:
         return parts[strategy.data_rank], True
     metrics = [part["metrics"] for part in parts]
     if metrics[0] is not None:
         parts[0]["metrics"] = merged(metrics) if strategy.data_rank == 0 else emptied(metrics[0])
+    if all("optimizer_windows" in part for part in parts):
+        parts[0]["optimizer_windows"] = _mean_windows([part["optimizer_windows"] or [] for part in parts])
     return parts[0], False  # divided loaders stood at the same place on all ranks
 
 
@@ -180,11 +186,12 @@ def apply_training(
     run.run_id = checkpoint.get("run_id") or run.run_id
     run.progress.load_state_dict(checkpoint["progress"])
     run.progress.start_epoch()
-    _apply_windows(run, checkpoint.get("optimizer_windows") or [None] * len(run.handles))
+    own, as_before = _of_this_rank(checkpoint, run.strategy)
+    windows = own.get("optimizer_windows") or checkpoint.get("optimizer_windows")
+    _apply_windows(run, windows or [None] * len(run.handles))
     run.should_stop = bool(checkpoint.get("should_stop"))
     if run.compiled is not None and checkpoint.get("compiled"):
         run.compiled.load_state_dict(checkpoint["compiled"])
-    own, as_before = _of_this_rank(checkpoint, run.strategy)
     metrics = own["metrics"]
     if metrics is not None:
         restore_metrics(run.metrics, run.module, metrics, run.device)  # for hooks to see, before training begins
@@ -234,6 +241,21 @@ def _window_states(run: Run) -> list[dict[str, Any] | None]:
     ):
         states[0] = {"accumulated": run.window, "gradients": gradients_of(optimizer)}
     return states
+
+
+def _mean_windows(ranks: Sequence[Sequence[dict[str, Any] | None]]) -> list[dict[str, Any] | None]:
+    """For each optimizer, the mean of the ranks' gradients; one that a rank has none of counts as zeros there."""
+    found: list[dict[str, Any] | None] = []
+    for windows in zip(*ranks, strict=True):
+        begun = [window for window in windows if window is not None]
+        if not begun:
+            found.append(None)
+            continue
+        by_parameter = zip(*(window["gradients"] for window in begun), strict=True)
+        sums = [[gradient for gradient in each if gradient is not None] for each in by_parameter]
+        means = [sum(given[1:], given[0]) / len(ranks) if given else None for given in sums]
+        found.append({**begun[0], "gradients": means})
+    return found
 
 
 def _apply_windows(run: Run, windows: Sequence[dict[str, Any] | None]) -> None:

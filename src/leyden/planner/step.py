@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from leyden.errors import ConfigurationError, LeydenWarning, reject
@@ -189,6 +190,7 @@ def trace_step(
     ledger, counter = Ledger(), _Counter()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_undisturbed())
+        stack.enter_context(_WholeOperations())
         stack.enter_context(model.mode)
         batch = tree_map(lambda leaf: _fake(leaf, model.device, cast_batch), batch)
         stack.enter_context(ledger)
@@ -254,6 +256,32 @@ def _checkpoint(module: nn.Module, blocks: list[str]) -> None:
     for name in blocks:
         part = module.get_submodule(name)
         part.forward = again(part.forward)
+
+
+class _WholeOperations(TorchFunctionMode):
+    """Keeps the backward passes of SiLU and Mish whole, as they are on every device but for fake tensors.
+
+    For those torch takes them apart, into operations with four tensors more.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call one function of torch's."""
+        if func in (nn.functional.silu, nn.functional.mish) and len(args) == 1 and not (kwargs or {}).get("inplace"):
+            return _Whole.apply(func, *args)  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, func: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+        ctx.save_for_backward(given)
+        return func(given)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, torch.empty_like(ctx.saved_tensors[0])
 
 
 @contextlib.contextmanager

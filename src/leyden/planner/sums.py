@@ -110,6 +110,8 @@ class Planner:
             self.notes.append(self._tensor_parallel_note(shown[0]))
         if any(row.strategy == "fsdp" for row in rows):
             self.notes.append(f"fsdp: {len(self._parts.units)} units, and what is in none of them.")
+        if self._step is not None and any(isinstance(part, nn.RNNBase) for part in self._module.modules()):
+            self.notes.append("What the kernels of recurrent layers keep is not known: activations are more than that.")
         if self._step is not None and self._device.type == "cpu":
             self.notes.append("Traced with the operations of the CPU; a GPU's differ in places, see docs/scaling.md.")
         flops = None if self._step is None else self._step.flops

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from leyden.strategy.sync_batchnorm import synchronise_batchnorm
-
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from leyden.module import LightningModule
+    from leyden.run import Run
     from leyden.settings import Settings
     from leyden.strategy.environments import Place
 
@@ -137,7 +136,10 @@ class Strategy(ABC):
 
     def prepare_module(self, module: LightningModule, settings: Settings) -> None:
         """Bring the module to the device, in place."""
-        synchronise_batchnorm(module, settings, self.data_world_size, self.device)
+        if settings.sync_batchnorm:
+            from leyden.strategy.sync_batchnorm import synchronise_batchnorm
+
+            synchronise_batchnorm(module, settings, self.data_world_size, self.device)
         module.to(self.device)
 
     def send_buffers(self, module: nn.Module) -> None:
@@ -146,6 +148,10 @@ class Strategy(ABC):
     def wrap_training_step(self, module: LightningModule, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return what the loop calls for ``step``, once the weights are in place."""
         return step
+
+    def wire(self, run: Run, settings: Settings, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
+        """Change what the loop calls, where an engine of its own does the step; return the optimizers that the run is to have."""
+        return optimizers
 
     def wrap_evaluation_step(self, module: LightningModule, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return what validation, test and prediction call for ``step``."""
@@ -165,6 +171,10 @@ class Strategy(ABC):
 
     def reduce_gradients(self, optimizer: Optimizer) -> None:
         """Average an optimizer's gradients over the ranks, where backward has not done it: in manual optimization."""
+
+    def module_state(self, module: nn.Module) -> dict[str, Any]:
+        """Return the module's ``state_dict`` for a checkpoint; with some strategies a collective."""
+        return module.state_dict()
 
     def load_module(self, module: nn.Module, state_dict: dict[str, Any], strict: bool) -> None:
         """Give the module the weights of a checkpoint.

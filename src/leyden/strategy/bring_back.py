@@ -27,7 +27,7 @@ def outcome(trainer: Trainer, result: Any) -> dict[str, Any] | None:
 
     Tensors are bytes in it: as tensors, a queue would send each as an open file, of which a process may have some hundreds.
     """
-    state = {name: _whole(value) for name, value in trainer.lightning_module.state_dict().items()}
+    state = {name: _whole(value) for name, value in trainer.strategy.module_state(trainer.lightning_module).items()}
     if not trainer.is_global_zero:
         return None
     found = {

@@ -76,6 +76,7 @@ class DDPStrategy(DistributedStrategy):
         self.comm_hook = comm_hook
         self.comm_state = comm_state
         self._ddp: DistributedDataParallel | None = None
+        self._step: _Step | None = None
 
     def prepare_module(self, module: LightningModule, settings: Settings) -> None:
         """Bring the module to the device, with the weights of rank 0: ranks may have drawn others."""
@@ -88,14 +89,25 @@ class DDPStrategy(DistributedStrategy):
             send(module.buffers())
 
     def wrap_training_step(self, module: LightningModule, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Return DDP around the step."""
-        self._ddp = None
-        if not module.automatic_optimization or not any(p.requires_grad for p in module.parameters()):
+        """Return DDP around the step, which is wrapped anew when parameters are frozen or unfrozen."""
+        self._ddp = self._step = None
+        if not module.automatic_optimization:
             return step
+        self._step = _Step(module, step)
+        self._parameters = list(module.parameters())
+        self._wrap()
+        return lambda *args: step(*args) if self._ddp is None else self._ddp(*args)
+
+    def _wrap(self) -> None:
+        """Let DDP reduce the gradients of the parameters that are trained now; it asks which these are only when it is made."""
+        self._ddp = None
+        self._trained = [parameter.requires_grad for parameter in self._parameters]
+        if not any(self._trained):
+            return
         cuda = self.device.type == "cuda"
         buffers: dict[str, Any] = {} if self.broadcast_buffers else {_SYNC_BUFFERS: False}
         ddp = DistributedDataParallel(
-            _Step(module, step),
+            self._step,
             device_ids=[self.device.index] if cuda else None,
             find_unused_parameters=self.find_unused_parameters,
             static_graph=self.static_graph,
@@ -105,16 +117,17 @@ class DDPStrategy(DistributedStrategy):
         )
         self._register_comm_hook(ddp)
         self._ddp = ddp
-        return ddp
 
     def gradient_sync(self) -> Callable[[bool], None] | None:
         """Tell DDP whether the next backward pass ends a window of accumulated batches: what its ``no_sync`` does."""
-        ddp = self._ddp
-        if ddp is None:
+        if self._step is None:
             return None
 
         def sync(last: bool) -> None:
-            ddp.require_backward_grad_sync = last
+            if [parameter.requires_grad for parameter in self._parameters] != self._trained:
+                self._wrap()
+            if self._ddp is not None:
+                self._ddp.require_backward_grad_sync = last
 
         return sync
 

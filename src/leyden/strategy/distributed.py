@@ -8,6 +8,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
 
@@ -23,7 +24,28 @@ from leyden.strategy.lifeline import Lifeline, describe
 from leyden.strategy.sockets import break_connections, noted_connections
 
 START_METHODS = ("script", "spawn", "fork", "forkserver")
+_BROKEN_WAIT_S = 2.0
 _OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+
+
+@dataclass
+class _Joined:
+    """The process group of this process, which is made once, however many Trainers use it one after the other.
+
+    Attributes:
+        lifeline: by which ranks learn of each other's failures; None where somebody else has made the group.
+        launch_store: a store that outlives a restart of the ranks, or None.
+        connections: the group's, by file descriptor.
+        failed: whether a rank has failed, so that nobody listens any more.
+    """
+
+    lifeline: Lifeline | None = None
+    launch_store: Store | None = None
+    connections: dict[int, int] = field(default_factory=dict)
+    failed: bool = False
+
+
+_joined = _Joined()
 
 
 class DistributedStrategy(Strategy):
@@ -62,10 +84,7 @@ class DistributedStrategy(Strategy):
         self.log_dir = None if log_dir is None else os.fspath(log_dir)
         self.layout: Layout | None = None
         self.host_group: dist.ProcessGroup | None = None
-        self._lifeline: Lifeline | None = None
-        self._launch_store: Store | None = None
-        self._connections: dict[int, int] = {}
-        self._joined = self._failed = False
+        self._joined = False
 
     def settle(self, layout: Layout) -> None:
         """See `Strategy.settle`."""
@@ -85,12 +104,12 @@ class DistributedStrategy(Strategy):
             RankError: if other ranks do not come; it names them.
             ConfigurationError: if the group that is there has another size.
         """
-        if self._failed:
-            raise RankError("A rank of this Trainer has failed, so its process group is gone. Start the program again.")
+        if _joined.failed and (self._joined or dist.is_initialized()):
+            raise RankError("A rank of this program has failed, so its process group is gone. Start the program again.")
         if self._joined:
             return
         assert self.layout is not None
-        with noted_connections(into=self._connections):
+        with noted_connections(into=_joined.connections):
             self._join()
             self._joined = True
             self.build()
@@ -111,6 +130,7 @@ class DistributedStrategy(Strategy):
 
     def _initialize(self) -> None:
         assert self.layout is not None
+        _joined.lifeline, _joined.launch_store, _joined.failed = None, None, False
         backend = self.process_group_backend or ("nccl" if self.device.type == "cuda" else "gloo")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -126,12 +146,15 @@ class DistributedStrategy(Strategy):
                 wait_for_workers=False,
             )
             if place.agent_store:  # which outlives a restart of its ranks
-                self._launch_store = PrefixStore("leyden/launch/", store)
+                _joined.launch_store = PrefixStore("leyden/launch/", store)
             prefix = f"leyden/{place.restart_count}/"
             if self.world_size > 1:
                 self._meet(PrefixStore(prefix, store))
-                self._lifeline = Lifeline(
-                    PrefixStore(prefix, cast(Any, store).clone()), self.global_rank, self.world_size
+                _joined.lifeline = Lifeline(
+                    PrefixStore(prefix, cast(Any, store).clone()),
+                    self.global_rank,
+                    self.world_size,
+                    launcher=os.getppid() if place.agent_store else None,
                 )
             store = PrefixStore(prefix, store)
         dist.init_process_group(
@@ -165,21 +188,26 @@ class DistributedStrategy(Strategy):
 
     def fail(self, error: BaseException) -> BaseException | None:
         """See `Strategy.fail`. The group is torn down, which breaks the collectives that other ranks wait in."""
-        if self._failed or not self._joined:
+        if _joined.failed or not self._joined or self.world_size == 1:
             return None
-        self._failed = True
+        _joined.failed = True
         replaced: BaseException | None = None
-        lifeline = self._lifeline
+        lifeline = _joined.lifeline
         if lifeline is not None:
-            first = lifeline.first_failure(wait_s=_is_broken_collective(error) * 2.0) or lifeline.report(error)
+            broken = _is_broken_collective(error)
+            found = lifeline.first_failure(wait_s=_BROKEN_WAIT_S if broken else 0.0)
+            if found is None and broken and (gone := lifeline.ended_well()):
+                error = replaced = _left_alone(self.global_rank, gone)
+            first = found or lifeline.report(error)
             if first.rank != self.global_rank and not isinstance(error, SystemExit | KeyboardInterrupt):
                 replaced = RankError(f"Rank {self.global_rank} has ended, because {describe(first)}")
                 until = time.monotonic() + 2.0
                 while not first.is_gone() and time.monotonic() < until:  # so that its traceback is seen first
                     time.sleep(0.05)
             lifeline.stop_watching()
-        _record(replaced or error)
-        break_connections(self._connections)
+        if replaced is None or replaced is error:  # else another rank has the root cause
+            _record(error)
+        break_connections(_joined.connections)
         if dist.group.WORLD is not None:
             with suppress(RuntimeError):
                 dist.group.WORLD.abort()  # of NCCL; destroy_process_group would wait for the others
@@ -187,7 +215,7 @@ class DistributedStrategy(Strategy):
 
     def interrupted_run(self) -> str | None:
         """See `Strategy.interrupted_run`."""
-        store, place = self._launch_store, self.layout.place if self.layout is not None else None
+        store, place = _joined.launch_store, self.layout.place if self.layout is not None else None
         key = f"fit/{_fits.begin()}"
         if store is None or place is None or place.restart_count == 0 or not store.check([key]):
             return None
@@ -196,15 +224,17 @@ class DistributedStrategy(Strategy):
     def share_run_id(self, run_id: str) -> str:
         """See `Strategy.share_run_id`."""
         shared: str = self.broadcast(run_id)
-        if self._launch_store is not None and self.is_global_zero:
-            self._launch_store.set(f"fit/{_fits.count}", shared)
+        if _joined.launch_store is not None and self.is_global_zero:
+            _joined.launch_store.set(f"fit/{_fits.count}", shared)
         return shared
 
     def leave(self) -> None:
         """See `Strategy.leave`."""
-        if self._lifeline is not None and not self._failed:
-            self._lifeline.leave()
-        if dist.is_initialized() and not self._failed:
+        if _joined.failed:
+            return
+        if _joined.lifeline is not None:
+            _joined.lifeline.leave()
+        if dist.is_initialized():
             dist.destroy_process_group()
 
     # How ranks talk
@@ -261,7 +291,7 @@ class DistributedStrategy(Strategy):
 
     def _talks(self) -> bool:
         """Whether there is somebody to talk to: not before a verb, and not after a failure, when nobody listens."""
-        return self._joined and not self._failed and self.world_size > 1
+        return self._joined and not _joined.failed and self.world_size > 1
 
     @abstractmethod
     def wrap_training_step(self, module: Any, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -307,9 +337,17 @@ def _is_broken_collective(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
+def _left_alone(rank: int, gone: list[int]) -> RankError:
+    ranks = f"rank{'' if len(gone) == 1 else 's'} {', '.join(map(str, gone))}"
+    return RankError(
+        f"Rank {rank} waits for {ranks}, whose program has come to its end already. All ranks must call the same verbs of the "
+        "Trainer, saves and collectives: only what is done with their results may stand under `if trainer.is_global_zero`."
+    )
+
+
 def _record(error: BaseException) -> None:
     """Tell torch's elastic agent, if there is one, so that its report names the root cause; as its ``@record`` would."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ and not isinstance(error, RankError | SystemExit | KeyboardInterrupt):
+    if "TORCHELASTIC_ERROR_FILE" in os.environ and not isinstance(error, SystemExit | KeyboardInterrupt):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)

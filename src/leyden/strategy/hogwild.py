@@ -24,9 +24,9 @@ _METHODS = ("fork", "spawn", "forkserver")
 class HogwildStrategy(DistributedStrategy):
     """Lock-free asynchronous training on the CPU: for models whose batches change few of the weights each.
 
-    The parameters and buffers of the module lie in memory that all ranks share. Each rank reads its own part of the data, computes
-    gradients of the weights as they are at that moment, and steps an optimizer of its own, while others do the same. A write may
-    overwrite another's: the result differs from run to run, and there is no gradient to send.
+    The parameters and buffers of the module lie in memory that all ranks share. Each rank reads its own part of the data,
+    computes gradients of the weights as they are at that moment, and steps an optimizer of its own, while others do the same. A
+    write may overwrite another's: the result differs from run to run, and there is no gradient to send.
 
     - The batch size is a rank's: each of its batches is a step, so N ranks make N times the steps of one with N times the batch.
       `global_step`, ``max_steps`` and schedulers count the steps of one rank.
@@ -42,8 +42,8 @@ class HogwildStrategy(DistributedStrategy):
         log_dir: see `DistributedStrategy`.
 
     Raises:
-        ConfigurationError: for other start methods; and in the Trainer for ranks that were started by a launcher, several machines
-            or devices that are not the CPU.
+        ConfigurationError: for other start methods; and in the Trainer for ranks that were started by a launcher, several
+            machines, or devices that are not the CPU.
 
     Source: Niu, Recht, Ré, Wright, 2011, https://arxiv.org/abs/1106.5730
     """
@@ -69,8 +69,8 @@ class HogwildStrategy(DistributedStrategy):
         """
         if layout.place is not None and self.layout is None and layout.world_size > 1:
             raise ConfigurationError(
-                "strategy='hogwild' cannot use ranks that a launcher has started, because the weights lie in memory of the process "
-                "that starts them. Run the script without torchrun or srun, with devices=N."
+                "strategy='hogwild' cannot use ranks that a launcher has started, because the weights lie in memory of the "
+                "process that starts them. Run the script without torchrun or srun, with devices=N."
             )
         if layout.num_nodes > 1:
             reject("num_nodes", layout.num_nodes, "1 with strategy='hogwild': machines do not share memory")
@@ -96,12 +96,12 @@ class HogwildStrategy(DistributedStrategy):
         for name, parameter in module.named_parameters():
             if is_lazy(parameter):
                 raise ConfigurationError(
-                    f"{name} has no shape before its first batch, so it cannot lie in shared memory. Give the layer its sizes, or "
-                    "call the module once before fit."
+                    f"{name} has no shape before its first batch, so it cannot lie in shared memory. Give the layer its sizes, "
+                    "or call the module once before fit."
                 )
             parameter.grad = None  # each rank has gradients of its own
         for tensor in (*module.parameters(), *module.buffers()):
-            tensor.data.share_memory_()
+            tensor.data.share_memory_()  # type: ignore[no-untyped-call]
 
     def prepare_module(self, module: LightningModule, settings: Settings) -> None:
         """Check that the module still lies in shared memory.
@@ -110,10 +110,11 @@ class HogwildStrategy(DistributedStrategy):
             ConfigurationError: naming a parameter that does not.
         """
         for name, parameter in module.named_parameters() if self.world_size > 1 else ():
-            if not parameter.is_shared():
+            if not parameter.is_shared():  # type: ignore[no-untyped-call]
                 raise ConfigurationError(
                     f"{name} was made in the ranks, in setup() or by a callback, so they do not share it. Make it in __init__ or "
-                    "configure_model, which is called before the ranks are started, and again in them: it must leave what is there."
+                    "configure_model, which is called before the ranks are started, and again in them: it must leave what is "
+                    "there."
                 )
 
     def wrap_training_step(self, module: LightningModule, step: Callable[..., Any]) -> Callable[..., Any]:

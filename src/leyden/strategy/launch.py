@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from leyden.errors import ConfigurationError, RankError
 from leyden.seed import capture_random_state, restore_random_state
-from leyden.strategy.unpicklable import PICKLING_ERRORS, first_unpicklable
+from leyden.strategy.unpicklable import first_unpicklable
 
 if TYPE_CHECKING:
     from leyden.module import LightningModule
@@ -96,9 +96,10 @@ def run_function(trainer: Trainer, verb: str, args: tuple[Any, ...]) -> Any:
     try:
         with _silenced(), _signals_kept():
             results, code, said = _watch_over(trainer, in_rank, [trainer, verb, args, capture_random_state()])
-    except (AttributeError, TypeError, ValueError, RuntimeError, *PICKLING_ERRORS) as error:
-        found = trainer.strategy.start_method != "fork" and first_unpicklable({"trainer": trainer, **named})
-        if not found:
+    except Exception as error:
+        fork = trainer.strategy.start_method == "fork"
+        found = None if fork else first_unpicklable({"trainer": trainer, **named})
+        if found is None:
             raise
         raise ConfigurationError(
             f"{found[0]} cannot be sent to a new process: {found[1]}. Under start_method={trainer.strategy.start_method!r} all "
@@ -155,10 +156,10 @@ def take_out_of_shared_memory(tensors: Iterable[Tensor]) -> None:
     """
     copies: dict[int, torch.UntypedStorage] = {}
     for tensor in tensors:
-        if tensor.device.type == "cpu" and tensor.layout is torch.strided and tensor.is_shared():
+        if tensor.device.type == "cpu" and tensor.layout is torch.strided and tensor.is_shared():  # type: ignore[no-untyped-call]
             held = tensor.untyped_storage()
             if held.data_ptr() not in copies:
-                copies[held.data_ptr()] = torch.UntypedStorage(held.nbytes()).copy_(held)
+                copies[held.data_ptr()] = torch.UntypedStorage(held.nbytes()).copy_(held)  # type: ignore[no-untyped-call]
             own = torch.empty(0, dtype=tensor.dtype)
             own.set_(copies[held.data_ptr()], tensor.storage_offset(), tensor.shape, tensor.stride())
             tensor.data = own
@@ -191,10 +192,10 @@ def _refuse_what_cannot_start(trainer: Trainer) -> None:
     strategy = trainer.strategy
     if dist.is_available() and dist.is_initialized():
         raise ConfigurationError(
-            "This process is in a process group of torch.distributed already, perhaps since a verb of one rank, so it cannot start "
-            "other ranks. Call torch.distributed.destroy_process_group() first."
+            "This process is in a process group of torch.distributed already, perhaps since a verb of one rank, so it cannot "
+            "start other ranks. Call torch.distributed.destroy_process_group() first."
         )
-    if strategy.start_method == "fork" and strategy.device.type == "cuda" and torch.cuda.is_initialized():
+    if strategy.start_method == "fork" and strategy.device.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise ConfigurationError(
             "This process has used CUDA already, and a forked one could not. Restart the notebook's kernel and keep tensors and "
             "modules on the CPU until fit, or use start_method='spawn' with everything that is passed defined in a module."

@@ -53,10 +53,13 @@ class Lifeline:
         store: a client of its own: a thread uses it, and one that waits for a key blocks all who use the same.
         rank: of this process.
         world_size: how many there are.
+        launcher: the process that has started this one, without which it is not to go on; None if that may end before.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, launcher: int | None = None) -> None:
         self._store = store
+        self._launcher = launcher
+        self._world_size = world_size
         self._rank = rank
         self._host = socket.gethostname()
         self._lock = threading.Lock()
@@ -85,6 +88,15 @@ class Lifeline:
                 return found
             time.sleep(0.1)
 
+    def ended_well(self) -> list[int]:
+        """The ranks that have come to the end of their program."""
+        try:
+            with self._lock:
+                others = [rank for rank in range(self._world_size) if rank != self._rank]
+                return [rank for rank in others if self._store.check([f"left/{rank}"])]
+        except RuntimeError:
+            return []
+
     def leave(self) -> None:
         """Say that this rank has ended well, and look no more."""
         self._over.set()
@@ -111,14 +123,19 @@ class Lifeline:
 
     def _watch(self) -> None:
         while not self._over.wait(_LOOK_EVERY_S):
+            if self._launcher is not None and os.getppid() != self._launcher:  # killed: else it would have ended its ranks
+                self._end("its launcher was killed")
             self._look_after_siblings()
             failure = self._read()
             if failure is not None and failure.rank != self._rank:
                 if self._over.wait(_GRACE_S):
                     return
-                sys.stderr.write(f"[rank {self._rank}] ended, because {describe(failure)}\n")
-                sys.stderr.flush()
-                os._exit(1)  # the main thread may wait within a collective, where no exception reaches it
+                self._end(describe(failure))
+
+    def _end(self, why: str) -> None:
+        sys.stderr.write(f"[rank {self._rank}] ended, because {why}\n")
+        sys.stderr.flush()
+        os._exit(1)  # the main thread may wait within a collective, where no exception reaches it
 
     def _look_after_siblings(self) -> None:
         for other, pid in self._siblings.items():

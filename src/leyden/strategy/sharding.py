@@ -63,6 +63,11 @@ class ShardedStrategy(DistributedStrategy):
 
         return evaluated
 
+    def send_buffers(self, module: nn.Module) -> None:
+        """Give every rank the buffers of rank 0, such as BatchNorm's statistics."""
+        if self.world_size > 1:
+            send_from_first([buffer for buffer in module.buffers() if not is_sharded(buffer)])
+
     def gradient_sync(self) -> Callable[[bool], None] | None:
         """Reduce gradients in the last backward pass of a window only, unless ``no_sync_accumulation`` is False."""
         roots = self._roots

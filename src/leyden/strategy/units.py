@@ -143,11 +143,9 @@ class Settling:
         """Bring the tensors that ``module`` itself owns to the device; those on the meta device are made there."""
         if any(each.is_meta for each in _own(module).values()):
             self._make(module)
-        elif self._waiting and (reset := _reset_of(module)) is not None:
-            # one that sets the parameters of its parts; torch's own copies these before, and copies have not been written to
-            if isinstance(module, nn.Transformer) or self._unset(module):
-                with torch.no_grad():
-                    reset()
+        elif (reset := _reset_of(module)) is not None and self._sets_its_parts(module):
+            with torch.no_grad():
+                reset()
         for each in _own(module).values():
             if is_sharded(each) or id(each) in self._settled:
                 continue
@@ -171,6 +169,13 @@ class Settling:
                    if id(each) in self._settled]  # fmt: skip
         if self._sends:
             send_from_first(waiting)
+
+    def _sets_its_parts(self, module: nn.Module) -> bool:
+        """Whether a module without tensors of its own has set those of its parts when it was made."""
+        if not self._waiting:
+            return False
+        # torch's own copies its layers before, and a copy has not been written to
+        return isinstance(module, nn.Transformer) or bool(self._unset(module))
 
     def _unset(self, unit: nn.Module) -> list[tuple[str, str]]:
         """Tensors below that were written to more often on the meta device than since they have memory."""

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from multiprocessing import reduction
 from typing import Any
 
-# What multiprocessing itself sends objects by; reached through it, since nothing else here writes such data.
-PICKLING_ERRORS: tuple[type[Exception], ...] = (reduction.pickle.PicklingError,)  # type: ignore[attr-defined]
 _DEEPEST = 8
 
 
