@@ -202,8 +202,7 @@ def make_run(parts: Parts, reload_loaders: Callable[[Run], None]) -> Run:
         move=parts.move,
         strategy=parts.strategy,
     )
-    _join_ranks(run, parts)
-    optimizers = parts.strategy.wire(run, settings, found.optimizers)
+    optimizers = _join_ranks(run, parts, found.optimizers)
     own_zero_grad = parts.own("optimizer_zero_grad")
     if optimizer is not None and own_zero_grad is not None:
         run.zero_grad = lambda: own_zero_grad(run.progress.epoch, run.progress.batch, optimizer)
@@ -222,10 +221,14 @@ def make_run(parts: Parts, reload_loaders: Callable[[Run], None]) -> Run:
     return run
 
 
-def _join_ranks(run: Run, parts: Parts) -> None:
-    """Let the ranks, if there are several, act together."""
-    if parts.strategy.world_size == 1:
-        return
+def _join_ranks(run: Run, parts: Parts, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
+    """Let the ranks, if there are several, act together; return the optimizers that the run is to have."""
+    if parts.strategy.world_size > 1:
+        _let_ranks_agree(run, parts)
+    return parts.strategy.wire(run, parts.settings, optimizers)
+
+
+def _let_ranks_agree(run: Run, parts: Parts) -> None:
     run.agreement = parts.resolver.trainer.make_agreement()
     run.sync_gradients = parts.strategy.gradient_sync()
     if not parts.strategy.in_step:  # an epoch's hooks, as an evaluation, see weights that stand still

@@ -26,8 +26,7 @@ def train(run: Run) -> None:
     progress, hooks, metrics, account = run.progress, run.hooks, run.metrics, run.account
     clock = account.begin(run)
     call(hooks.on_train_start)
-    if run.agreement is not None:
-        run.agreement.reach(run)  # a timer may have no time left
+    agree(run)  # a timer may have no time left
     while run.wants_epoch():
         position = begin_epoch(run)
         account.mark = clock()
@@ -44,7 +43,6 @@ def train(run: Run) -> None:
                 run.is_last_batch = True
                 run.step_schedulers_after_epoch()
                 break
-
             account.mark = clock()
             if run.compiled is not None and run.compiled.is_ready() and run.compiled.train_on(batch, batch_idx):
                 output = run.compiled.output
@@ -276,8 +274,7 @@ def end_epoch(run: Run) -> None:
     call(run.hooks.on_train_epoch_end)
     run.outlet.send(metrics.publish_epoch(), progress.global_step)
     call(run.hooks.on_train_epoch_end_monitors)
-    if run.agreement is not None:
-        run.agreement.reach(run)
+    agree(run)
     progress.epoch_ended = run.is_last_batch or not run.stop_reached()
     if progress.epoch_ended:
         run.step_plateau_schedulers(run.epoch_schedulers, progress.epoch + 1)
@@ -295,8 +292,7 @@ def validate(run: Run) -> None:
     evaluate(run.validation)
     report(run.validation)
     run.metrics.enter_batches()
-    if run.agreement is not None:
-        run.agreement.reach(run)
+    agree(run)
 
 
 def sanity_check(run: Run, check: Evaluation) -> None:
@@ -417,6 +413,12 @@ def rescaled(run: Run, total: Tensor | None) -> Tensor | None:
     factor = run.window / (run.window - skipped)
     rescale_gradients(run.optimizer, factor)
     return None if total is None else total * factor
+
+
+def agree(run: Run) -> None:
+    """Compare with the other ranks what each has asked for, at a place that all come by; nothing with one."""
+    if run.agreement is not None:
+        run.agreement.reach(run)
 
 
 def call(hooks: Iterable[Hook]) -> None:

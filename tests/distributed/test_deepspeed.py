@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import leyden as L
 from leyden.callbacks import ModelCheckpoint
-from leyden.errors import CheckpointError, ConfigurationError, LeydenWarning
+from leyden.errors import CheckpointError, ConfigurationError, LeydenWarning, RankError
 from leyden.precision import Precision
 from leyden.strategy.deepspeed import DeepSpeedStrategy
 from quiet import make_trainer
@@ -159,7 +159,7 @@ def fitted(rank: int, stage: int, world_size: int, folder: Path) -> dict[str, An
     try:
         other.fit(resumed, loader(8 // world_size), loader(8 // world_size), ckpt_path=callback.best_model_path)
         again = {name: value.tolist() for name, value in resumed.state_dict().items()}
-    except CheckpointError as error:
+    except (CheckpointError, RankError) as error:  # of the rank that was first, and of the others
         again = str(error)
     return {
         "saved": {

@@ -65,6 +65,7 @@ class Planner:
         self._divided = without_a_step(self._model, parts.blocks, plan)
         self._step: Step | None = None
         self._low_step: Step | None = None  # with the weights that FSDP's mixed precision gathers
+        self._whole_state: State | None = None
         self.notes: list[str] = []
 
     def _low_copy(self) -> FakeModel:
@@ -82,10 +83,12 @@ class Planner:
         }
         precision, kind = self._precision, self._device.type
         try:
-            model = fake_copy(self._module, self._device, precision.parameter_dtype)
-            step = trace_step(model, batch, precision.step_context(kind), **options)
+            step = None
             if precision.compute_dtype is not None and "fsdp" in strategies:
-                self._low_step = trace_step(self._low_copy(), batch, precision.step_context(kind), **options)
+                step = self._low_step = trace_step(self._low_copy(), batch, precision.step_context(kind), **options)
+            if step is None or set(strategies) != {"fsdp"}:
+                model = fake_copy(self._module, self._device, precision.parameter_dtype)
+                step = trace_step(model, batch, precision.step_context(kind), **options)
             self._step, self._divided = step, step.divided
             if step.numbers_read:
                 self.notes.append("Numbers that the step reads with .item() were taken for 1.")
@@ -124,7 +127,7 @@ class Planner:
         weights = sum(math.prod(shape(each)) * each.element_size() for each in parameters)
         weights += sum(buffer.nbytes for buffer in self._model.module.buffers())
         gradients = sum(math.prod(shape(each)) * each.element_size() for each in parameters if each.requires_grad)
-        state = self._state(shape)
+        state = self._state(strategy, shape)
         if strategy == "fsdp":
             peak = self._fsdp_peak(gradients)
         else:
@@ -146,9 +149,14 @@ class Planner:
             communication=self._communication(strategy, size),
         )
 
-    def _state(self, shape: Callable[[nn.Parameter], tuple[int, ...]]) -> State | None:
+    def _state(self, strategy: str, shape: Callable[[nn.Parameter], tuple[int, ...]]) -> State | None:
+        if strategy in ("single", "ddp") and self._whole_state is not None:
+            return self._whole_state
         try:
-            return self._optimizers.state(shape, lambda parameter: parameter.dtype)
+            state = self._optimizers.state(shape, lambda parameter: parameter.dtype)
+            if strategy in ("single", "ddp"):
+                self._whole_state = state
+            return state
         except ConfigurationError:
             raise
         except Exception as error:  # noqa: BLE001 as above

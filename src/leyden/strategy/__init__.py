@@ -12,8 +12,7 @@ from torch import Tensor
 from leyden.device import DeviceChoice, resolve_device
 from leyden.errors import did_you_mean, reject, warn
 from leyden.strategy.base import Layout, Strategy
-from leyden.strategy.environments import Place, advice, check_place, find_place
-from leyden.strategy.launch import at_prompt
+from leyden.strategy.environments import Place, advice, at_prompt, check_place, find_place
 from leyden.strategy.single import SingleDevice
 
 __all__ = ["Layout", "SingleDevice", "Strategy", "find_place", "gathered"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -480,3 +481,8 @@ def _mend(place: Place, devices: int | None, num_nodes: int | None) -> str:
 
 def _ranks(number: int) -> str:
     return f"{number} rank{'s' * (number != 1)}"
+
+
+def at_prompt() -> bool:
+    """Whether a person types at this interpreter, or in a notebook that it runs."""
+    return hasattr(sys, "ps1") or "ipykernel" in sys.modules

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from leyden.errors import ConfigurationError, RankError
 from leyden.seed import capture_random_state, restore_random_state
-from leyden.strategy.unpicklable import first_unpicklable
+from leyden.strategy.environments import at_prompt
 
 if TYPE_CHECKING:
     from leyden.module import LightningModule
@@ -86,6 +86,7 @@ def run_function(trainer: Trainer, verb: str, args: tuple[Any, ...]) -> Any:
         SystemExit: if a program was interrupted, with the code that a shell expects of the signal.
     """
     from leyden.strategy.bring_back import take_over
+    from leyden.strategy.unpicklable import first_unpicklable
 
     named = inspect.signature(getattr(trainer, verb)).bind(*args).arguments
     _refuse_what_cannot_start(trainer)
@@ -129,7 +130,10 @@ def in_rank(trainer: Trainer, verb: str, args: tuple[Any, ...], random_state: di
     try:
         restore_random_state(random_state)
         _make_own(trainer, args[0] if args[0] is not None else trainer.lightning_module)
-        found = outcome(trainer, getattr(trainer, verb)(*args))
+        result = getattr(trainer, verb)(*args)
+        if trainer.interrupted:  # at a prompt, where a verb returns; but the prompt is the parent's
+            raise SystemExit(128 + signal.SIGINT)
+        found = outcome(trainer, result)
         trainer.strategy.leave()  # a process of multiprocessing ends without calling what is registered for its exit
         return found
     except Exception as error:
@@ -181,11 +185,6 @@ def _tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, dict | list | tuple):
             yield from _tensors_in(value.values() if isinstance(value, dict) else value)
-
-
-def at_prompt() -> bool:
-    """Whether a person types at this interpreter, or in a notebook that it runs."""
-    return hasattr(sys, "ps1") or "ipykernel" in sys.modules
 
 
 def _refuse_what_cannot_start(trainer: Trainer) -> None:

@@ -123,7 +123,8 @@ class Lifeline:
 
     def _watch(self) -> None:
         while not self._over.wait(_LOOK_EVERY_S):
-            if self._launcher is not None and os.getppid() != self._launcher:  # killed: else it would have ended its ranks
+            # one that was not killed ends its ranks before it ends itself
+            if self._launcher is not None and os.getppid() != self._launcher:
                 self._end("its launcher was killed")
             self._look_after_siblings()
             failure = self._read()
