@@ -153,7 +153,9 @@ def plot(found: dict[str, dict[int, float]], title: str, path: Path) -> None:
     cores = os.cpu_count() or 1
     numbers = sorted(next(iter(found.values())))
     axes.plot(numbers, [min(n, cores) for n in numbers], "--", color="#bbbbbb", label=f"ideal on {cores} cores")
-    axes.set(xlabel="processes", ylabel="samples per second, relative to one process", title=title, xticks=numbers, ylim=0)
+    axes.set(
+        xlabel="processes", ylabel="samples per second, relative to one process", title=title, xticks=numbers, ylim=0
+    )
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
@@ -167,7 +169,9 @@ def main() -> None:
     parser.add_argument("--numbers", type=int, nargs="+", default=[1, 2, 4], help="of processes, for the scaling")
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
-    print(f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, torch {torch.__version__}, gloo, one thread each")
+    print(
+        f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, torch {torch.__version__}, gloo, one thread each"
+    )
     overhead({name: WORKLOADS[name] for name in given.workloads}, 2, given.repeats, given.steps)
     found = scaling(WORKLOADS["gpt"], given.numbers, given.repeats, max(20, given.steps // 4))
     if given.plot is not None:
