@@ -5,7 +5,10 @@ Each function is called by all ranks at the same place. With one rank they do wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from leyden.checkpoint.find import find_and_load
@@ -33,8 +36,10 @@ __all__ = [
     "share_loggers",
     "share_of_data",
     "spread_random_state",
+    "told_of_waiting",
 ]
 
+WAIT_TOLD_AFTER_S = 10.0
 Found = tuple[dict[str, Any], str]
 
 
@@ -153,3 +158,22 @@ def interleaved(parts: Sequence[list[Any]]) -> list[Any]:
     """The first of each part, then the second of each, and so on; parts may end sooner than others."""
     longest = max(map(len, parts), default=0)
     return [part[number] for number in range(longest) for part in parts if number < len(part)]
+
+
+@contextmanager
+def told_of_waiting(strategy: Strategy, call: str) -> Iterator[None]:
+    """Say so if this rank is long in here: others may never come, for whom a collective waits half an hour."""
+    if strategy.world_size == 1:
+        yield
+        return
+    line = (
+        f"[rank {strategy.global_rank}] has been in {call} for {WAIT_TOLD_AFTER_S:.0f} s. If it waits for other ranks: all of "
+        "them must call it, not one of them under `if trainer.is_global_zero`.\n"
+    )
+    timer = threading.Timer(WAIT_TOLD_AFTER_S, lambda: sys.stderr.write(line))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -13,6 +13,7 @@ from leyden.agreement import Agreement
 from leyden.checkpoint import state
 from leyden.checkpoint.writer import Writer
 from leyden.errors import LeydenError
+from leyden.ranks import told_of_waiting
 from leyden.strategy import gathered
 from leyden.trainer_view import TrainerView
 
@@ -80,7 +81,10 @@ class TrainerRequests(TrainerView):
             raise LeydenError("save_checkpoint: this Trainer has not run a module yet.")
         trainer = cast("Trainer", self)
         with self.profiler.profile("save_checkpoint"), self.time_account.spent_on("checkpoints"):
-            captured = state.capture(trainer, module, self._datamodule, self._active_callbacks, self._run, weights_only)
+            with told_of_waiting(self.strategy, "save_checkpoint"):
+                captured = state.capture(
+                    trainer, module, self._datamodule, self._active_callbacks, self._run, weights_only
+                )
             if self.strategy.shards_state:
                 self._save_shards(filepath, captured, then)
             elif self.is_global_zero and wait:

@@ -423,9 +423,10 @@ def test_a_handler_that_outlives_fit_acts_by_default(tmp_path: Path) -> None:
     program = f"""
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
+from types import SimpleNamespace
 from leyden.callbacks import Preemption
 callback = Preemption()
-callback.setup(object(), None, "fit")
+callback.setup(SimpleNamespace(shared_request=lambda action: action), None, "fit")
 kept = signal.getsignal(signal.SIGTERM)
 callback.teardown(None, None, "fit")
 assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -254,6 +254,25 @@ def test_a_verb_that_one_rank_alone_calls_says_so(tmp_path: Path) -> None:
     assert said.startswith("Rank 0 waits for rank 1, whose program has come to its end already.")
 
 
+def test_a_save_that_others_do_not_come_to_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("leyden.ranks.WAIT_TOLD_AFTER_S", 0.3)
+
+    def fit(rank: int) -> None:
+        trainer = make_trainer(tmp_path)
+        trainer.fit(Net(), loader(2))
+        trainer.save_checkpoint(tmp_path / "together.ckpt")
+        if rank == 1:
+            time.sleep(1.0)
+        trainer.save_checkpoint(tmp_path / "late.ckpt")
+
+    run_trainers(fit, 2)
+    said = capfd.readouterr().err
+    assert said.count("has been in") == 1
+    assert "[rank 0] has been in save_checkpoint for 0 s" in said
+
+
 PROGRAM = """
 import os, sys, time
 from pathlib import Path
