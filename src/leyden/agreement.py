@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from leyden.strategy import Strategy
 
 _EVERY_S = 0.25
-_MOST_BATCHES = 10_000
+_MOST_BATCHES = 100  # fast batches may turn slow, and a scheduler that takes a machine away waits for seconds
 
 
 class Agreement:

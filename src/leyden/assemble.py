@@ -422,7 +422,7 @@ def attach_sources(
     run.validation = make(validation) if validation and any(source.most for source in validation) else None
     before = run.schedule
     run.schedule = make_schedule(settings, run.source.total, before) if run.validation is not None else None
-    if run.agreement is not None and run.schedule is not None and run.schedule is not before:
+    if run.agreement is not None and run.schedule is not None and run.schedule is not before and run.schedule.every:
         run.schedule.ask = run.agreement.add(run.schedule.owe)
     if run.restored is not None:
         run.source.take_rest(run.restored.data.get("train") or {})

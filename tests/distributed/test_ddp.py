@@ -417,3 +417,36 @@ def test_unknown_strategies_list_the_known_ones(tmp_path: Path) -> None:
 def test_one_device_cannot_have_two_ranks(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"strategy='single_device'.*one for several ranks"):
         make_trainer(tmp_path, strategy="single_device", devices=2)
+
+
+class Sparse(L.LightningModule):
+    """Steps by hand; each rank looks up other rows, and rank 1 none in the second batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.table = nn.Embedding(8, 2, sparse=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        if batch_idx == 0 or self.global_rank == 0:
+            self.manual_backward(self.table(batch[0]).sum())
+        optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 1.0)
+
+
+def test_sparse_gradients_are_averaged_in_manual_optimization(tmp_path: Path) -> None:
+    def fit(rank: int) -> tuple[Tensor, Tensor]:
+        L.seed_everything(SEED, verbose=False)
+        module = Sparse()
+        before = module.table.weight.detach().clone()
+        make_trainer(tmp_path).fit(module, DataLoader(TensorDataset(torch.arange(8)), batch_size=2))
+        return before, module.table.weight.detach()
+
+    for before, after in run_trainers(fit, 2):
+        moved = (before - after)[:, 0]
+        # one process reads 0..3 and then 4..7; of the second batch only rank 0's half has a gradient
+        torch.testing.assert_close(moved, torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0, 0.0]))

@@ -88,3 +88,13 @@ def test_each_rank_writes_a_log_if_asked(tmp_path: Path) -> None:
     for rank in ("0", "1"):
         assert f"rank {rank} of 2 comes to its end" in texts[rank]
     assert "rank 1 of 2 comes to its end" in done.stdout, "and on the terminal"
+
+
+def test_a_program_from_standard_input_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-", "2", "6"],
+        input=SCRIPT, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Python was started without one" in done.stderr

@@ -179,16 +179,21 @@ def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
         parameters: the same on each rank, in the same order.
         world_size: how many ranks.
     """
-    has = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
+    kinds = torch.tensor([_kind(parameter) for parameter in parameters], dtype=torch.int32)
     if parameters and parameters[0].is_cuda:
-        has = has.to(parameters[0].device)
-    dist.all_reduce(has, dist.ReduceOp.MAX)
+        kinds = kinds.to(parameters[0].device)
+    dist.all_reduce(kinds, dist.ReduceOp.MAX)
     gradients = []
-    for parameter, somewhere in zip(parameters, has.tolist(), strict=True):
-        if somewhere:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
+    for parameter, kind in zip(parameters, kinds.tolist(), strict=True):
+        if kind != _NONE and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradient = parameter.grad
+        if kind == _SPARSE and gradient is not None:  # rows differ by rank
+            total = (gradient if gradient.is_sparse else gradient.to_sparse(1)).coalesce()
+            dist.all_reduce(total)
+            parameter.grad = total / world_size
+        elif gradient is not None:
+            gradients.append(gradient)
     for bucket in _buckets(gradients):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
         dist.all_reduce(flat)
@@ -196,6 +201,13 @@ def average_gradients(parameters: list[nn.Parameter], world_size: int) -> None:
         parts = torch.split(flat, [gradient.numel() for gradient in bucket])
         for gradient, part in zip(bucket, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+_NONE, _DENSE, _SPARSE = range(3)
+
+
+def _kind(parameter: nn.Parameter) -> int:
+    return _NONE if parameter.grad is None else _SPARSE if parameter.grad.is_sparse else _DENSE
 
 
 def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:

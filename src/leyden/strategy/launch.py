@@ -61,7 +61,8 @@ def run_script(trainer: Trainer) -> None:
         ConfigurationError: if there is no program that could be run again.
     """
     arguments = sys.orig_argv[1:]
-    if not arguments or getattr(sys, "ps1", None) is not None:
+    program = getattr(sys.modules["__main__"], "__file__", None) or ""  # "<stdin>" could not be read again
+    if not arguments or hasattr(sys, "ps1") or ("-c" not in arguments and not os.path.exists(program)):
         raise ConfigurationError(
             "devices asks for several ranks, each of which runs the program again, but Python was started without one. Use "
             "strategy='ddp_fork' at a prompt or in a notebook, or put the code into a file."
