@@ -191,8 +191,10 @@ class FiniteGuard:
         found, run = self._find(optimizer), self._run
         if run.agreement is None or not run.agreement.any(found is not None):
             return found
-        all_found = enumerate(run.strategy.gather_objects(found))
-        return next(f"On rank {rank}: {what}" for rank, what in all_found if what is not None)
+        known = [(rank, what) for rank, what in enumerate(run.strategy.gather_objects(found)) if what is not None]
+        # one rank's loss makes gradients of all that are not finite: it is the cause
+        rank, what = min(known, key=lambda each: each[1].startswith("The loss is finite"))
+        return f"On rank {rank}: {what}"
 
     def _find(self, optimizer: Optimizer) -> str | None:
         losses = list(self._losses)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import leyden as L
 from leyden.callbacks import EarlyStopping
-from leyden.errors import ConfigurationError
+from leyden.errors import ConfigurationError, NonFiniteError, RankError
 from leyden.precision import Precision
 from leyden.strategy import DDPStrategy
 from quiet import Memory, make_trainer
@@ -450,3 +450,22 @@ def test_sparse_gradients_are_averaged_in_manual_optimization(tmp_path: Path) ->
         moved = (before - after)[:, 0]
         # one process reads 0..3 and then 4..7; of the second batch only rank 0's half has a gradient
         torch.testing.assert_close(moved, torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.0, 0.0]))
+
+
+class Poisoned(Quiet):
+    """The loss of rank 1 is NaN, which makes NaNs of every rank's gradients."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if self.global_rank == 1 and batch_idx == 1 else loss
+
+
+def test_a_loss_that_is_not_finite_is_told_of_the_rank_that_had_it(tmp_path: Path) -> None:
+    def fit(rank: int) -> str:
+        trainer = make_trainer(tmp_path, nan_policy="raise")
+        with pytest.raises((NonFiniteError, RankError)) as caught:
+            trainer.fit(Poisoned(), DataLoader(data(48), batch_size=6))
+        return str(caught.value)
+
+    for said in run_trainers(fit, 2):
+        assert "On rank 1: The loss is nan in epoch 0, batch_idx 1" in said
