@@ -99,7 +99,7 @@ def find_checkpoint(
             load = _read_through if ckpt_path == "last" else _look_at
         run_id = strategy.interrupted_run() if verb == "fit" else None
         if run_id is not None:
-        print("Started again after a failure: the newest checkpoint of this run is looked for.", flush=True)
+            print("Started again after a failure: the newest checkpoint of this run is looked for.", flush=True)
             whole = _read_through if strategy.shards_state else load_checkpoint
             found = find_and_load("last", callbacks, root, verb, run_id=run_id, load=whole)
         if found is None:
