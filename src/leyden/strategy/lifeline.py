@@ -8,6 +8,7 @@ was killed cannot say anything.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -68,7 +69,9 @@ class Lifeline:
         store.wait([f"process/{other}" for other in range(world_size)])
         found = {other: json.loads(store.get(f"process/{other}")) for other in range(world_size)}
         self._siblings = {other: pid for other, (host, pid) in found.items() if host == self._host and other != rank}
-        threading.Thread(target=self._watch, name="leyden-lifeline", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="leyden-lifeline", daemon=True)
+        self._thread.start()
+        atexit.register(self._end_thread)
 
     def report(self, error: BaseException) -> Failure:
         """Say that this rank fails, unless another one was first; return what the first one said."""
@@ -102,6 +105,12 @@ class Lifeline:
         self._over.set()
         with contextlib.suppress(RuntimeError), self._lock:  # the store may have gone with the rank that kept it
             self._store.set(f"left/{self._rank}", "")
+
+    def _end_thread(self) -> None:
+        """End the thread before the interpreter does: cut off within a call of the store, it would take the process along."""
+        self._over.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=5.0)
 
     def stop_watching(self) -> None:
         """Look no more; the rank has its own reason to end."""
