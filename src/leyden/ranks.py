@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from leyden.checkpoint.find import find_and_load
 from leyden.checkpoint.format import contents, load_checkpoint, opened, read_about, verify
 from leyden.data.shares import Share
+from leyden.series import interleaved
 from leyden.shards import is_sharded
 from leyden.strategy.random_state import spread_random_state
 
@@ -153,12 +154,6 @@ def gather_predictions(strategy: Strategy, predictions: list[list[Any]]) -> list
         return predictions
     by_rank = strategy.gather_data_ranks(predictions)
     return [interleaved([parts[loader] for parts in by_rank]) for loader in range(len(predictions))]
-
-
-def interleaved(parts: Sequence[list[Any]]) -> list[Any]:
-    """The first of each part, then the second of each, and so on; parts may end sooner than others."""
-    longest = max(map(len, parts), default=0)
-    return [part[number] for number in range(longest) for part in parts if number < len(part)]
 
 
 @contextmanager

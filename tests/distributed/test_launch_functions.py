@@ -21,7 +21,7 @@ import leyden as L
 from leyden.callbacks import ModelCheckpoint
 from leyden.errors import ConfigurationError, LeydenWarning, RankError
 from leyden.loggers import CSVLogger
-from leyden.strategy.launch import take_out_of_shared_memory
+from leyden.strategy.own_memory import take_out_of_shared_memory
 from leyden.strategy.unpicklable import first_unpicklable
 from quiet import make_trainer
 

@@ -139,6 +139,8 @@ class Preemption(Callback):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
+        if trainer.strategy.has_failed:
+            return  # a launcher's, who ends what another rank's failure has left
         self._received = signal.Signals(number).name
         begun = _has_begun(trainer)
         what = "the run ends at the next step boundary" if begun else "the run ends before its first step"

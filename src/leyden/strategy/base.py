@@ -117,6 +117,11 @@ class Strategy(ABC):
         """
         return None
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether a rank is known to have failed, so that this run is coming to its end."""
+        return False
+
     def leave(self) -> None:
         """Part from the other ranks at the end of a process, which has done its work."""
 

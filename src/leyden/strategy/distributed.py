@@ -29,7 +29,7 @@ _OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp
 
 
 @dataclass
-class _Joined:
+class _Group:
     """The process group of this process, which is made once, however many Trainers use it one after the other.
 
     Attributes:
@@ -37,15 +37,17 @@ class _Joined:
         launch_store: a store that outlives a restart of the ranks, or None.
         connections: the group's, by file descriptor.
         failed: whether a rank has failed, so that nobody listens any more.
+        fits: how many times this program has called `fit`: one that is run again comes to the same ones in the same order.
     """
 
     lifeline: Lifeline | None = None
     launch_store: Store | None = None
     connections: dict[int, int] = field(default_factory=dict)
     failed: bool = False
+    fits: int = 0
 
 
-_joined = _Joined()
+_group = _Group()
 
 
 class DistributedStrategy(Strategy):
@@ -104,12 +106,12 @@ class DistributedStrategy(Strategy):
             RankError: if other ranks do not come; it names them.
             ConfigurationError: if the group that is there has another size.
         """
-        if _joined.failed and (self._joined or dist.is_initialized()):
+        if _group.failed and (self._joined or dist.is_initialized()):
             raise RankError("A rank of this program has failed, so its process group is gone. Start the program again.")
         if self._joined:
             return
         assert self.layout is not None
-        with noted_connections(into=_joined.connections):
+        with noted_connections(into=_group.connections):
             self._join()
             self._joined = True
             self.build()
@@ -130,7 +132,7 @@ class DistributedStrategy(Strategy):
 
     def _initialize(self) -> None:
         assert self.layout is not None
-        _joined.lifeline, _joined.launch_store, _joined.failed = None, None, False
+        _group.lifeline, _group.launch_store, _group.failed = None, None, False
         backend = self.process_group_backend or ("nccl" if self.device.type == "cuda" else "gloo")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -146,11 +148,11 @@ class DistributedStrategy(Strategy):
                 wait_for_workers=False,
             )
             if place.agent_store:  # which outlives a restart of its ranks
-                _joined.launch_store = PrefixStore("leyden/launch/", store)
+                _group.launch_store = PrefixStore("leyden/launch/", store)
             prefix = f"leyden/{place.restart_count}/"
             if self.world_size > 1:
                 self._meet(PrefixStore(prefix, store))
-                _joined.lifeline = Lifeline(
+                _group.lifeline = Lifeline(
                     PrefixStore(prefix, cast(Any, store).clone()),
                     self.global_rank,
                     self.world_size,
@@ -188,11 +190,11 @@ class DistributedStrategy(Strategy):
 
     def fail(self, error: BaseException) -> BaseException | None:
         """See `Strategy.fail`. The group is torn down, which breaks the collectives that other ranks wait in."""
-        if _joined.failed or not self._joined or self.world_size == 1:
+        if _group.failed or not self._joined or self.world_size == 1:
             return None
-        _joined.failed = True
+        _group.failed = True
         replaced: BaseException | None = None
-        lifeline = _joined.lifeline
+        lifeline = _group.lifeline
         if lifeline is not None:
             broken = _is_broken_collective(error)
             found = lifeline.first_failure(wait_s=_BROKEN_WAIT_S if broken else 0.0)
@@ -207,16 +209,22 @@ class DistributedStrategy(Strategy):
             lifeline.stop_watching()
         if replaced is None or replaced is error:  # else another rank has the root cause
             _record(error)
-        break_connections(_joined.connections)
+        break_connections(_group.connections)
         if dist.group.WORLD is not None:
             with suppress(RuntimeError):
                 dist.group.WORLD.abort()  # of NCCL; destroy_process_group would wait for the others
         return replaced
 
+    @property
+    def has_failed(self) -> bool:
+        """See `Strategy.has_failed`. Asks nobody, so that a signal's handler may look."""
+        return _group.failed or (_group.lifeline is not None and _group.lifeline.seen is not None)
+
     def interrupted_run(self) -> str | None:
         """See `Strategy.interrupted_run`."""
-        store, place = _joined.launch_store, self.layout.place if self.layout is not None else None
-        key = f"fit/{_fits.begin()}"
+        store, place = _group.launch_store, self.layout.place if self.layout is not None else None
+        _group.fits += 1
+        key = f"fit/{_group.fits}"
         if store is None or place is None or place.restart_count == 0 or not store.check([key]):
             return None
         return str(store.get(key).decode())
@@ -224,16 +232,16 @@ class DistributedStrategy(Strategy):
     def share_run_id(self, run_id: str) -> str:
         """See `Strategy.share_run_id`."""
         shared: str = self.broadcast(run_id)
-        if _joined.launch_store is not None and self.is_global_zero:
-            _joined.launch_store.set(f"fit/{_fits.count}", shared)
+        if _group.launch_store is not None and self.is_global_zero:
+            _group.launch_store.set(f"fit/{_group.fits}", shared)
         return shared
 
     def leave(self) -> None:
         """See `Strategy.leave`."""
-        if _joined.failed:
+        if _group.failed:
             return
-        if _joined.lifeline is not None:
-            _joined.lifeline.leave()
+        if _group.lifeline is not None:
+            _group.lifeline.leave()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -291,7 +299,7 @@ class DistributedStrategy(Strategy):
 
     def _talks(self) -> bool:
         """Whether there is somebody to talk to: not before a verb, and not after a failure, when nobody listens."""
-        return self._joined and not _joined.failed and self.world_size > 1
+        return self._joined and not _group.failed and self.world_size > 1
 
     @abstractmethod
     def wrap_training_step(self, module: Any, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -317,19 +325,6 @@ class _GatherWithGradient(torch.autograd.Function):
         total = gradient.contiguous().clone()
         dist.all_reduce(total)
         return total[ctx.rank], None, None
-
-
-class _Fits:
-    """How many times this program has called `fit`: a program that is run again comes to the same ones in the same order."""
-
-    count = 0
-
-    def begin(self) -> int:
-        self.count += 1
-        return self.count
-
-
-_fits = _Fits()
 
 
 def _is_broken_collective(error: BaseException) -> bool:

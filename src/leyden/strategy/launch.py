@@ -15,20 +15,19 @@ import sys
 import threading
 import traceback
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from leyden.errors import ConfigurationError, RankError
 from leyden.seed import capture_random_state, restore_random_state
 from leyden.strategy.environments import at_prompt
+from leyden.strategy.own_memory import make_own
 
 if TYPE_CHECKING:
-    from leyden.module import LightningModule
     from leyden.strategy.base import Layout
     from leyden.trainer import Trainer
 
@@ -130,7 +129,7 @@ def in_rank(trainer: Trainer, verb: str, args: tuple[Any, ...], random_state: di
     trainer.find_ranks()
     try:
         restore_random_state(random_state)
-        _make_own(trainer, args[0] if args[0] is not None else trainer.lightning_module)
+        make_own(trainer, args[0] if args[0] is not None else trainer.lightning_module)
         result = getattr(trainer, verb)(*args)
         if trainer.interrupted:  # at a prompt, where a verb returns; but the prompt is the parent's
             raise SystemExit(128 + signal.SIGINT)
@@ -142,50 +141,6 @@ def in_rank(trainer: Trainer, verb: str, args: tuple[Any, ...], random_state: di
         sys.stderr.write(f"[rank {trainer.global_rank}] {text}")  # in one piece, as other ranks write as well
         sys.stderr.flush()
         raise
-
-
-def _make_own(trainer: Trainer, module: LightningModule) -> None:
-    """Give this rank memory of its own for all that it changes."""
-    shared = set()
-    if trainer.strategy.shares_weights:
-        shared = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
-    for part in (module, *trainer.callbacks):
-        take_out_of_shared_memory(tensor for tensor in _tensors_of(part) if id(tensor) not in shared)
-
-
-def take_out_of_shared_memory(tensors: Iterable[Tensor]) -> None:
-    """Give tensors memory of this process alone, in place; views of one memory stay so.
-
-    What is sent to a new process lies in memory that all of them share from then on, so that each step of one rank would change
-    the weights of the others.
-    """
-    copies: dict[int, torch.UntypedStorage] = {}
-    for tensor in tensors:
-        if tensor.device.type == "cpu" and tensor.layout is torch.strided and tensor.is_shared():  # type: ignore[no-untyped-call]
-            held = tensor.untyped_storage()
-            if held.data_ptr() not in copies:
-                copies[held.data_ptr()] = torch.UntypedStorage(held.nbytes()).copy_(held)  # type: ignore[no-untyped-call]
-            own = torch.empty(0, dtype=tensor.dtype)
-            own.set_(copies[held.data_ptr()], tensor.storage_offset(), tensor.shape, tensor.stride())
-            tensor.data = own
-
-
-def _tensors_of(part: object) -> Iterator[Tensor]:
-    """Those of a module, or of what a callback holds; metric objects keep theirs in plain attributes."""
-    if isinstance(part, nn.Module):
-        for each in part.modules():
-            yield from _tensors_in(vars(each).values())
-    elif hasattr(part, "__dict__"):
-        for value in vars(part).values():
-            yield from _tensors_of(value) if isinstance(value, nn.Module) else _tensors_in([value])
-
-
-def _tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, dict | list | tuple):
-            yield from _tensors_in(value.values() if isinstance(value, dict) else value)
 
 
 def _refuse_what_cannot_start(trainer: Trainer) -> None:
@@ -260,7 +215,9 @@ def _said(failure: Any) -> str:
     if isinstance(message, dict):
         message = message.get("message", "")
     lines = str(message).strip().splitlines()
-    return lines[0] if lines else "no message"
+    if not lines or lines[0].startswith("To enable traceback"):  # torch's words for a rank that has left none
+        return "it has said nothing of why; see above"
+    return lines[0]
 
 
 def _launch_config(trainer: Trainer, layout: Layout) -> Any:

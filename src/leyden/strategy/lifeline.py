@@ -2,7 +2,7 @@
 
 A rank that fails says so on a board that all can read (a key of the group's store) before it leaves. Others then find out in
 two ways: a collective breaks because its other end is gone, or, where it would wait on (NCCL), a thread that looks at the
-board once a second ends the process. Ranks of one machine also look whether the others' processes are still there: one that
+board twice a second ends the process. Ranks of one machine also look whether the others' processes are still there: one that
 was killed cannot say anything.
 """
 
@@ -65,6 +65,7 @@ class Lifeline:
         self._host = socket.gethostname()
         self._lock = threading.Lock()
         self._over = threading.Event()
+        self.seen: Failure | None = None  # of another rank, by the thread
         store.set(f"process/{rank}", json.dumps([self._host, os.getpid()]))
         store.wait([f"process/{other}" for other in range(world_size)])
         found = {other: json.loads(store.get(f"process/{other}")) for other in range(world_size)}
@@ -138,6 +139,7 @@ class Lifeline:
             self._look_after_siblings()
             failure = self._read()
             if failure is not None and failure.rank != self._rank:
+                self.seen = failure
                 if self._over.wait(_GRACE_S):
                     return
                 self._end(describe(failure))
