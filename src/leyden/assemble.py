@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from leyden import xla
 from leyden.callbacks.callback import Callback
 from leyden.data.loader import Move, Source
 from leyden.data.transfer import DeviceMove, move_to_device
@@ -214,8 +213,6 @@ def make_run(parts: Parts, reload_loaders: Callable[[Run], None]) -> Run:
 
         owns = partial(overridden, module, base=LightningModule)
         run.compiled = make_compilation(run, settings, owns, wraps(parts.profiler))
-    if parts.device.type == "xla":
-        xla.sync_each_step(run)
     profile_run(run, parts.profiler)
     run.account.compiles = settings.compile is not False
     return run
@@ -231,8 +228,6 @@ def _join_ranks(run: Run, parts: Parts, optimizers: Sequence[Optimizer]) -> Sequ
 def _let_ranks_agree(run: Run, parts: Parts) -> None:
     run.agreement = parts.resolver.trainer.make_agreement()
     run.sync_gradients = parts.strategy.gradient_sync()
-    if not parts.strategy.in_step:  # an epoch's hooks, as an evaluation, see weights that stand still
-        run.hooks.on_train_epoch_end = (parts.strategy.barrier, *run.hooks.on_train_epoch_end)
     run.agrees_on_skipping = parts.strategy.in_step and any(
         not getattr(hook, "__module__", "").startswith("leyden.") for hook in run.hooks.on_train_batch_start
     )
@@ -391,10 +386,7 @@ def make_evaluation(
         records_indices=record_indices,
         epoch_batch_indices=[[] for _ in sources],
     )
-    if parts.device.type == "xla":
-        xla.sync_each_batch(evaluation)
-    if not parts.strategy.in_step:
-        evaluation.hooks.start = (parts.strategy.barrier, *evaluation.hooks.start)
+    parts.strategy.wire_evaluation(evaluation)
     if parts.strategy.communicates_in_forward:
         from leyden.keep_up import batches_in_step  # for few runs
 

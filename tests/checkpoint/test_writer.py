@@ -7,9 +7,11 @@ import itertools
 import os
 import pathlib
 import pickle
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -123,19 +125,19 @@ def test_a_second_submit_waits_for_the_first(
     """It waits before its snapshot, which would overwrite what is being written."""
     gate = Gate(monkeypatch, WRITE)
     events: list[str] = []
-    real_join, real_flatten = threading.Thread.join, writer.flatten
+    real_join, real_flatten = Writer._join, writer.flatten
 
-    def join(thread: threading.Thread, timeout: float | None = None) -> None:
-        if thread.name == NAME:
+    def join(waiting: Writer) -> None:
+        if waiting._thread is not None:
             events.append("wait")
             gate.open()
-        real_join(thread, timeout)
+        real_join(waiting)
 
     def flatten(checkpoint: Any) -> Any:
         events.append(f"snapshot {checkpoint['n']}")
         return real_flatten(checkpoint)
 
-    monkeypatch.setattr(threading.Thread, "join", join)
+    monkeypatch.setattr(Writer, "_join", join)
     monkeypatch.setattr(writer, "flatten", flatten)
     path = tmp_path / "x.ckpt"
     background.submit(path, {"n": 1, "w": torch.ones(9)}, [lambda: events.append(f"done {load_checkpoint(path)}")])
@@ -457,6 +459,27 @@ def test_there_is_a_thread_only_while_it_writes(tmp_path: pathlib.Path, backgrou
     assert thread.name == NAME
     assert not thread.daemon  # the interpreter waits for it
     assert not thread.is_alive()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_while_waiting_does_not_lose_the_write_in_flight(tmp_path: pathlib.Path, background: Writer) -> None:
+    main, go_on, done = threading.main_thread(), threading.Event(), []
+
+    def interrupt_the_one_who_waits() -> None:
+        while not sys._current_frames()[main.ident or 0].f_code.co_filename.endswith("threading.py"):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+        go_on.wait()
+        done.append(True)
+
+    background.submit(tmp_path / "a.ckpt", {"state_dict": {}}, then=(interrupt_the_one_who_waits,))
+    with pytest.raises(KeyboardInterrupt):
+        background.wait()
+    assert background.busy
+    threading.Timer(0.05, go_on.set).start()
+    background.release()
+    assert done == [True]
+    assert not background.busy
 
 
 def test_without_a_thread_it_writes_itself(

@@ -32,6 +32,7 @@ class Writer:
     def __init__(self) -> None:
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
+        self._written = threading.Event()
         self._failure: CheckpointError | None = None
         self._buffers = Buffers()
 
@@ -69,8 +70,15 @@ class Writer:
         saved_at = time.time()
         copies = self._buffers.copy(tensors)
         actions = tuple(then)
+        written = self._written = threading.Event()
 
         def work() -> None:
+            try:
+                write()
+            finally:
+                written.set()
+
+        def write() -> None:
             time.sleep(0.001)  # the caller goes on first; else it gets the interpreter's lock back only after 5 ms
             try:
                 write_tensors(path, *seal(copies, tree, saved_at))
@@ -139,6 +147,8 @@ class Writer:
         if thread is not None and thread.ident is None:  # Ctrl-C came while it was being started
             time.sleep(0.1)
         if thread is not None and thread.ident is not None:
+            # Not by join alone: Ctrl-C in it makes Python 3.11 take the thread for ended, and nobody waits for it any more.
+            self._written.wait()
             thread.join()
         self._thread = None
 

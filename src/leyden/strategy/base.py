@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from leyden.module import LightningModule
-    from leyden.run import Run
+    from leyden.run import Evaluation, Run
     from leyden.settings import Settings
     from leyden.strategy.environments import Place
 
@@ -157,6 +157,9 @@ class Strategy(ABC):
     def wire(self, run: Run, settings: Settings, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
         """Change what the loop calls, where an engine of its own does the step; return the optimizers that the run is to have."""
         return optimizers
+
+    def wire_evaluation(self, evaluation: Evaluation) -> None:
+        """Change what the loop calls in a validation, test or prediction."""
 
     def wrap_evaluation_step(self, module: LightningModule, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return what validation, test and prediction call for ``step``."""

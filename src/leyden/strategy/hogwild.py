@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from leyden.errors import ConfigurationError, reject
 from leyden.precision import default_dtype
@@ -16,6 +17,7 @@ from leyden.strategy.distributed import DistributedStrategy
 
 if TYPE_CHECKING:
     from leyden.module import LightningModule
+    from leyden.run import Evaluation, Run
     from leyden.settings import Settings
 
 _METHODS = ("fork", "spawn", "forkserver")
@@ -120,6 +122,16 @@ class HogwildStrategy(DistributedStrategy):
     def wrap_training_step(self, module: LightningModule, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``step``."""
         return step
+
+    def wire(self, run: Run, settings: Settings, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
+        """Have ranks wait for each other at an epoch's end, so that its hooks see weights that stand still."""
+        if self.world_size > 1:
+            run.hooks.on_train_epoch_end = (self.barrier, *run.hooks.on_train_epoch_end)
+        return optimizers
+
+    def wire_evaluation(self, evaluation: Evaluation) -> None:
+        """Have ranks wait for each other before an evaluation, so that it sees weights that stand still."""
+        evaluation.hooks.start = (self.barrier, *evaluation.hooks.start)
 
     def load_module(self, module: nn.Module, state_dict: dict[str, Any], strict: bool) -> None:
         """See `Strategy.load_module`. Nobody goes on before all have written the same values."""

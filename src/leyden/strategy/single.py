@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from leyden import xla
 from leyden.strategy.base import Layout, Strategy
 
 if TYPE_CHECKING:
     from leyden.module import LightningModule
+    from leyden.run import Evaluation, Run
     from leyden.settings import Settings
 
 
@@ -38,6 +40,17 @@ class SingleDevice(Strategy):
             xla.move_module(module, self.device)
         else:
             super().prepare_module(module, settings)
+
+    def wire(self, run: Run, settings: Settings, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:
+        """Where operations are only recorded, have them run at the end of each step."""
+        if self.device.type == "xla":
+            xla.sync_each_step(run)
+        return optimizers
+
+    def wire_evaluation(self, evaluation: Evaluation) -> None:
+        """Where operations are only recorded, have them run at the end of each batch."""
+        if self.device.type == "xla":
+            xla.sync_each_batch(evaluation)
 
     def barrier(self, name: str | None = None) -> None:
         """Return at once: there is nobody to wait for."""
