@@ -57,7 +57,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("policies", "halving", "ranks"),
     ("assemble",),
     ("loop",),
-    ("trainer", "trainer_requests", "trainer_view"),
+    ("trainer",),
     ("cli", "compat", "tuner"),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -24,7 +24,7 @@ from leyden.callbacks import (
 )
 from leyden.errors import ConfigurationError
 from leyden.loggers import CSVLogger
-from leyden.trainer_view import TrainerView
+from leyden.trainer.view import TrainerView
 
 torch.set_num_threads(1)
 

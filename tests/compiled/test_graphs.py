@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import leyden as L
 from both_ways import Net, batches, fit, needs_tracing, same_size, traced_only
-from leyden import trainer_view
 from leyden.compiled.backend import keep_guards, with_own_code
+from leyden.trainer import view
 
 pytestmark = [needs_tracing, pytest.mark.usefixtures("traced_only")]
 _ = traced_only
@@ -98,7 +98,7 @@ def test_the_same_module_is_fitted_twice(tmp_path: Path) -> None:
 def test_explain_and_the_end_of_fit_say_what_was_compiled(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer_view, "_SHOWN_FROM_S", 0.0)  # it is not printed after a run of a moment
+    monkeypatch.setattr(view, "_SHOWN_FROM_S", 0.0)  # it is not printed after a run of a moment
     ran = fit(tmp_path, Net(), batches(), enable_progress_bar=True)
     pattern = r"the whole step is compiled: 2 graphs in \d+\.\d s, at most \de-\d\d from eager when first used"
     assert re.fullmatch(f"compile=True: {pattern}", ran.line)

@@ -15,7 +15,7 @@ from leyden.checkpoint.writer import Writer
 from leyden.errors import LeydenError
 from leyden.ranks import told_of_waiting
 from leyden.strategy import gathered
-from leyden.trainer_view import TrainerView
+from leyden.trainer.view import TrainerView
 
 if TYPE_CHECKING:
     from leyden.trainer import Trainer

@@ -27,7 +27,7 @@ from leyden.run import Evaluation, Outlet, Run, Status
 from leyden.settings import Settings
 from leyden.sources import Sources
 from leyden.strategy import Strategy, find_place, resolve_ranks
-from leyden.trainer_requests import TrainerRequests
+from leyden.trainer.requests import TrainerRequests
 
 if TYPE_CHECKING:
     from leyden.data.loader import Source
