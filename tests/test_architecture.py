@@ -52,7 +52,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "checkpoint.writer",
         "checkpoint.retention",
     ),
-    ("module", "module_hooks", "module_ranks", "datamodule", "callbacks"),
+    ("module", "module_hooks", "module_ranks", "datamodule", "callbacks", "export"),
     ("sources", "defaults", "run", "keep_up", "checkpoint", "explain", "compiled", "lifecycle", "planner"),
     ("policies", "halving", "ranks"),
     ("assemble",),

@@ -175,8 +175,8 @@ WRONG: list[tuple[Any, str, Any, str, str]] = [
     (
         Small,
         "on_train_batch_end",
-        lambda self, outputs, batch, batch_idx, dataloader_idx: None,
-        "(outputs, batch, batch_idx, dataloader_idx)",
+        lambda self, outputs, batch, batch_idx, more: None,
+        "(outputs, batch, batch_idx, more)",
         "on_train_batch_end(outputs, batch, batch_idx)",
     ),
     (Small, "on_before_optimizer_step", lambda self: None, "()", "on_before_optimizer_step(optimizer)"),
@@ -188,8 +188,8 @@ WRONG: list[tuple[Any, str, Any, str, str]] = [
     (
         Small,
         "optimizer_step",
-        lambda self, epoch, batch_idx, optimizer, optimizer_idx, optimizer_closure: None,
-        "(epoch, batch_idx, optimizer, optimizer_idx, optimizer_closure)",
+        lambda self, epoch, batch_idx, optimizer, more, optimizer_closure: None,
+        "(epoch, batch_idx, optimizer, more, optimizer_closure)",
         "optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)",
     ),
     (Small, "lr_scheduler_step", lambda self, scheduler: None, "(scheduler)", "lr_scheduler_step(scheduler, metric)"),
@@ -274,18 +274,11 @@ def test_a_signature_with_defaults_or_any_arguments_is_accepted(tmp_path: Path) 
     [
         (Small, "val_dataloaders", "val_dataloader"),
         (Small, "on_train_epoch_ends", "on_train_epoch_end"),
-        (Small, "on_epoch_end", "on_train_epoch_end"),
-        (Small, "on_epoch_start", "on_train_epoch_start"),
-        (Small, "on_batch_end", "on_train_batch_end"),
-        (Small, "validation_epoch_end", "on_validation_epoch_end"),
-        (Small, "training_epoch_end", "on_train_epoch_end"),
         (Small, "on_training_epoch_end", "on_train_epoch_end"),
         (Small, "pred_step", "predict_step"),
         (Small, "on_validaton_end", "on_validation_end"),
         (Small, "configure_callback", "configure_callbacks"),
         (L.Callback, "on_train_epoch_ends", "on_train_epoch_end"),
-        (L.Callback, "on_epoch_end", "on_train_epoch_end"),
-        (L.Callback, "on_batch_start", "on_train_batch_start"),
         (L.Callback, "validation_epoch_end", "on_validation_epoch_end"),
         (L.Callback, "on_save_checkpoints", "on_save_checkpoint"),
         (Data, "test_loader", None),  # a name that only modules are known to get wrong is left alone
@@ -400,12 +393,12 @@ def test_helpers_that_other_methods_call_are_not_refused(tmp_path: Path) -> None
 
 def test_a_misspelt_hook_that_only_calls_super_is_still_refused(tmp_path: Path) -> None:
     class Base(Small):
-        def on_epoch_end(self) -> None:
+        def on_training_epoch_end(self) -> None:
             pass
 
     class Child(Base):
-        def on_epoch_end(self) -> None:
-            super().on_epoch_end()
+        def on_training_epoch_end(self) -> None:
+            super().on_training_epoch_end()
 
     with pytest.raises(HookError, match="Did you mean 'on_train_epoch_end'"):
         make_trainer(tmp_path).fit(Child(), loader())
@@ -512,7 +505,7 @@ def test_evaluation_steps_of_every_form(tmp_path: Path, verb: str, step: Any, on
     [
         ("training_step", lambda self: None),
         ("training_step", lambda self, *, batch: None),
-        ("training_step", lambda self, batch, batch_idx, optimizer_idx: None),
+        ("training_step", lambda self, batch, batch_idx, more: None),
         ("validation_step", lambda self: None),
         ("validation_step", lambda self, batch, batch_idx, dataloader_idx, more: None),
     ],

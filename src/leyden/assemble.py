@@ -18,7 +18,15 @@ from leyden.data.transfer import DeviceMove, move_to_device
 from leyden.datamodule import LightningDataModule
 from leyden.errors import ConfigurationError, HookError, NonFiniteError, reject, warn
 from leyden.fused import KernelChoice, choose_kernels
-from leyden.hooks import Resolver, check_names, overridden, step_arity
+from leyden.hooks import (
+    FORMER_CALLBACK_HOOKS,
+    FORMER_MODULE_HOOKS,
+    Resolver,
+    check_names,
+    is_former,
+    overridden,
+    step_arity,
+)
 from leyden.metrics import Metrics
 from leyden.module import LightningModule
 from leyden.optimizers import LightningOptimizer, clip_gradients, needs_closure, normalize_optimizers, zero_grad_of
@@ -30,6 +38,7 @@ from leyden.run import Evaluation, Mode, Outlet, Run, Status, ValidationSchedule
 from leyden.settings import Settings
 
 if TYPE_CHECKING:
+    from leyden.compat.dress import Dress
     from leyden.profilers import Profiler
     from leyden.sources import Sources
     from leyden.strategy import Strategy
@@ -73,7 +82,9 @@ def check_data(verb: str, datamodule: object, passed: dict[str, Any]) -> Lightni
 
 def check_fit(module: LightningModule) -> None:
     """Refuse a module that cannot be trained, before anything is set up."""
-    check_names(module, LightningModule)  # first, because it knows what a missing hook was misspelt as
+    check_names(
+        module, LightningModule, FORMER_MODULE_HOOKS
+    )  # first, because it knows what a missing hook was misspelt as
     for name, what in (
         ("training_step", "what one step computes"),
         ("configure_optimizers", "which optimizer it uses"),
@@ -85,12 +96,36 @@ def check_fit(module: LightningModule) -> None:
             )
 
 
+def dressed(trainer: Trainer, module: LightningModule, callbacks: Sequence[Callback]) -> Dress | None:
+    """Give what speaks the API of 2020 the hooks of today, by `leyden.compat`; None if nothing does."""
+    of_2020 = is_former(module, LightningModule, FORMER_MODULE_HOOKS) or trainer.truncated_bptt_steps is not None
+    if not of_2020 and not any(is_former(callback, Callback, FORMER_CALLBACK_HOOKS) for callback in callbacks):
+        return None
+    from leyden.compat.dress import Dress
+
+    return Dress(trainer, module, callbacks, trainer.truncated_bptt_steps)
+
+
+def join_formerly(module: LightningModule, strategy: Strategy) -> None:
+    """Let a module of 2020 that joins the ranks, or wraps itself for them, do so in its own way."""
+    if strategy.world_size > 1 and is_former(module, LightningModule, FORMER_MODULE_HOOKS):
+        from leyden.compat.dress import join_ranks
+
+        join_ranks(module, strategy)
+
+
 def make_resolver(
-    trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None, callbacks: Sequence[Callback]
+    trainer: Trainer,
+    module: LightningModule,
+    datamodule: LightningDataModule | None,
+    callbacks: Sequence[Callback],
+    dress: Dress | None = None,
 ) -> Resolver:
     """The look-up of who overrides what; refuses hooks that are misspelt or cannot be called."""
     resolver = Resolver(trainer, module, callbacks, LightningModule, Callback, hooks_of(trainer.profiler))
     resolver.check(datamodule, LightningDataModule)
+    if dress is not None:
+        resolver.takes_turns = dress.takes_turns
     return resolver
 
 
@@ -162,6 +197,7 @@ def make_run(parts: Parts, reload_loaders: Callable[[Run], None]) -> Run:
     module, settings, outlet = parts.module, parts.settings, parts.outlet
     precision: Precision = settings.precision
     found = normalize_optimizers(module.configure_optimizers())
+    by_hand = not module.automatic_optimization
     mode, optimizer = _choose_mode(parts, found.optimizers)
     scaler = precision.grad_scaler(parts.device.type)
     hooks = parts.resolver.table()
@@ -186,7 +222,7 @@ def make_run(parts: Parts, reload_loaders: Callable[[Run], None]) -> Run:
         reevaluates=optimizer is not None and needs_closure(optimizer),
         backward=_backward_of(module, settings, outlet.progress, scaler is not None),
         zero_grad=zero_grad_of(optimizer) if optimizer is not None else _nothing,
-        clip=_make_clip(module, settings) if mode is not Mode.MANUAL else None,
+        clip=None if by_hand else _make_clip(module, settings),
         own_optimizer_step=parts.own("optimizer_step") if mode is Mode.CLOSURE else None,
         own_scheduler_step=parts.own("lr_scheduler_step"),
         wants_outputs=bool(hooks.on_train_batch_end),
@@ -200,6 +236,7 @@ def make_run(parts: Parts, reload_loaders: Callable[[Run], None]) -> Run:
         reload_loaders=reload_loaders,
         move=parts.move,
         strategy=parts.strategy,
+        steps_schedulers=not by_hand,
     )
     optimizers = _join_ranks(run, parts, found.optimizers)
     own_zero_grad = parts.own("optimizer_zero_grad")
@@ -237,6 +274,8 @@ def _choose_mode(parts: Parts, optimizers: Sequence[Optimizer]) -> tuple[Mode, O
     """Who steps the optimizer, and which one it is if that is the loop."""
     if not optimizers:
         warn("no-optimizer", "configure_optimizers returned None: training_step runs, but nothing is optimized.")
+    if parts.resolver.takes_turns(optimizers):  # a step of 2020, which is called for each of several optimizers
+        return Mode.MANUAL, None
     if not parts.module.automatic_optimization:
         _refuse_engine_settings(parts.settings)
         return Mode.MANUAL, None

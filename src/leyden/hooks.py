@@ -141,6 +141,22 @@ _MEANT: dict[str, str] = {
 """Names that are often written, or were right once, and the hook that is meant."""
 
 
+FORMER_MODULE_HOOKS = frozenset({
+    "training_end", "training_step_end", "training_epoch_end", "validation_end", "validation_step_end", "validation_epoch_end",
+    "test_end", "test_step_end", "test_epoch_end", "on_epoch_start", "on_epoch_end", "on_batch_start", "on_batch_end",
+    "on_pre_performance_check", "on_post_performance_check", "on_pretrain_routine_start", "on_pretrain_routine_end",
+    "tng_dataloader", "tbptt_split_batch", "configure_apex", "configure_ddp", "init_ddp_connection",
+})  # fmt: skip
+"""Hooks of a module that were right once; `leyden.compat` calls them at their places."""
+FORMER_CALLBACK_HOOKS = frozenset({
+    "on_init_start", "on_init_end", "on_epoch_start", "on_epoch_end", "on_batch_start", "on_batch_end", "on_keyboard_interrupt",
+    "on_pretrain_routine_start", "on_pretrain_routine_end",
+})  # fmt: skip
+"""Likewise for callbacks."""
+_FORMER_PARAMETERS = frozenset({"optimizer_idx", "optimizer_i", "opt_idx", "hiddens", "second_order_closure"})
+_FORMER_KEYS = frozenset({"log", "progress_bar"})
+
+
 @dataclass
 class HookTable:
     """For each event the bound hooks to call, in order; an empty tuple where nobody listens."""
@@ -187,6 +203,9 @@ class Resolver:
         module_base: the class whose hooks count as not overridden.
         callback_base: likewise for callbacks.
         around: what each hook is wrapped in, given its owner and name, when a profiler watches.
+
+    Attributes:
+        takes_turns: whether the module's step is one that is called for each of several optimizers, as in 2020.
     """
 
     def __init__(
@@ -204,6 +223,7 @@ class Resolver:
         self.module_base = module_base
         self.callback_base = callback_base
         self.around = around or (lambda owner, name, hook: hook)
+        self.takes_turns: Callable[[Sequence[Any]], bool] = lambda optimizers: False
 
     def table(self) -> HookTable:
         """Resolve the events of training."""
@@ -256,12 +276,12 @@ class Resolver:
         Raises:
             HookError: naming the object, the file and line, and what the hook is called with.
         """
-        check_names(self.module, self.module_base)
+        check_names(self.module, self.module_base, FORMER_MODULE_HOOKS)
         for name, arguments in _SINGLE_HOOKS.items():
             if overridden(self.module, name, self.module_base):
                 check_signature(self.module, name, arguments)
         for callback in self.callbacks:
-            check_names(callback, self.callback_base)
+            check_names(callback, self.callback_base, FORMER_CALLBACK_HOOKS)
             for name, arguments in _CALLBACK_HOOKS.items():
                 if overridden(callback, name, self.callback_base):
                     check_signature(callback, name, ("trainer", "pl_module", *arguments))
@@ -343,8 +363,57 @@ def step_arity(owner: Any, name: str, several_dataloaders: bool) -> int:
     return arity
 
 
-def check_names(owner: Any, base: type) -> None:
+def former_hooks(owner: Any, base: type, former: frozenset[str]) -> list[str]:
+    """The hooks of former days that ``owner`` has, in the order of their names; not those that its own of today call."""
+    has = {name for name in former if callable(getattr(type(owner), name, None)) and not hasattr(base, name)}
+    calls = {
+        other
+        for name, method in (_own_methods(type(owner), base) if has else ())
+        if name not in former
+        for other in _mentioned(method.__code__)
+    }
+    return sorted(has - calls)
+
+
+def is_former(owner: Any, base: type, former: frozenset[str]) -> bool:
+    """Whether an object is written for the API of 2020, as its names, parameters and the keys in its code tell.
+
+    It may be a guess, from a key "log" somewhere in a module: what `leyden.compat` then does looks at what is returned.
+    """
+    if former_hooks(owner, base, former):
+        return True
+    for name, method in _own_methods(type(owner), base):
+        code = method.__code__
+        if former is FORMER_MODULE_HOOKS and not _FORMER_KEYS.isdisjoint(_strings(code)):
+            return True
+        parameters = code.co_varnames[1 : code.co_argcount]
+        if not _FORMER_PARAMETERS.isdisjoint(parameters) and hasattr(base, name):
+            return True
+        if name in EVENTS and "dataloader_idx" in parameters and name.startswith("on_train_"):
+            return True
+        if name == "backward" and len(parameters) > 1 and not method.__defaults__:
+            return True
+    return False
+
+
+def _strings(code: CodeType) -> Iterable[str]:
+    """Texts that the code has as constants, in nested functions and as the keys of dicts too."""
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, tuple):
+            yield from (each for each in constant if isinstance(each, str))
+        elif isinstance(constant, CodeType):
+            yield from _strings(constant)
+
+
+def check_names(owner: Any, base: type, former: frozenset[str] = frozenset()) -> None:
     """Refuse methods whose names are nearly those of hooks that the owner does not have, and which it never calls.
+
+    Args:
+        owner: a module, a datamodule or a callback.
+        base: the class whose names count as known.
+        former: names that are hooks of former days, and will be called.
 
     Raises:
         HookError: naming the method, its place and the hook that was probably meant.
@@ -353,7 +422,7 @@ def check_names(owner: Any, base: type) -> None:
     methods = list(_own_methods(type(owner), base))
     called = {other for name, method in methods for other in _mentioned(method.__code__) if other != name}
     for name, method in methods:
-        if name in known or name in called or name.startswith("_"):
+        if name in known or name in called or name in former or name.startswith("_"):
             continue
         meant = _MEANT.get(name)
         if meant is None and _looks_like_a_hook(name):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from leyden.errors import CheckpointError, ConfigurationError, did_you_mean
+from leyden.errors import CheckpointError, ConfigurationError, did_you_mean, reject
 
 if TYPE_CHECKING:
     from leyden.loggers import Logger
@@ -52,6 +52,7 @@ class Hyperparameters:
         self.name: str | None = None
         self.omitted: dict[str, str] = {}
         self.to_loggers = False
+        self._given: Mapping[str, Any] | Namespace | None = None
 
     def add(
         self, owner: object, frame: FrameType | None, given: tuple[Any, ...], ignore: Iterable[str], logger: bool
@@ -91,6 +92,28 @@ class Hyperparameters:
                 self.values[name] = value
         self.initial = AttributeDict(copy.deepcopy(dict(self.values)))
         self.to_loggers = self.to_loggers or logger
+
+    def take(self, owner: object, frame: FrameType | None, given: Mapping[str, Any] | Namespace) -> None:
+        """Keep a dict or Namespace itself, as ``self.hparams = hparams`` means: what is changed in it later is saved.
+
+        Raises:
+            ConfigurationError: for anything else.
+        """
+        if not isinstance(given, (Mapping, Namespace)):
+            reject("hparams", given, "a dict or an argparse.Namespace")
+        self.add(owner, frame, (given,), (), logger=True)
+        self._given = given
+
+    @property
+    def shown(self) -> Any:
+        """What users see: ``values``, or what they have assigned."""
+        return self.values if self._given is None else self._given
+
+    def current(self) -> dict[str, Any]:
+        """The hyperparameters as they are now, for a checkpoint."""
+        if self._given is None:
+            return dict(self.values)
+        return dict(self._given) if isinstance(self._given, Mapping) else dict(vars(self._given))
 
 
 def begin_logs(loggers: Iterable[Logger], module: LightningModule, datamodule: object) -> None:
@@ -166,7 +189,9 @@ def build(
         )
     values: dict[str, Any] = {**saved, **given}
     if isinstance(as_one, str) and as_one in parameters:
-        inside = AttributeDict({name: value for name, value in values.items() if name not in parameters})
+        inside: Any = AttributeDict({name: value for name, value in values.items() if name not in parameters})
+        if checkpoint.get("hparams_type") == "Namespace":
+            inside = Namespace(**inside)
         values = {as_one: inside, **{name: value for name, value in values.items() if name in parameters}}
     elif not takes_all:
         values = {name: value for name, value in values.items() if name in parameters}

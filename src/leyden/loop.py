@@ -213,6 +213,8 @@ def manual_batch(run: Run, batch: Any, batch_idx: int) -> Any:
         run.stepped = True  # without an optimizer every batch counts, so that limits and logging still have a unit
     if run.stepped:
         run.progress.global_step += 1
+        if run.moved and run.step_schedulers:
+            run.step_schedulers_after_step()
     run.account.lap("training step")
     return detached(output) if run.wants_outputs else None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -10,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from leyden.data.transfer import move_to_device
-from leyden.errors import ConfigurationError, LeydenError, StepError, warn
+from leyden.errors import LeydenError, StepError, warn
+from leyden.export import to_onnx, to_torchscript
 from leyden.hparams import AttributeDict, Hyperparameters, load_module
 from leyden.module_ranks import ModuleRanks
 from leyden.optimizers import LightningOptimizer, Toggle, clip_gradients
@@ -314,9 +316,16 @@ class LightningModule(ModuleRanks):
         self._saved_hyperparameters.add(self, frame or (here.f_back if here else None), args, ignore, logger)
 
     @property
-    def hparams(self) -> AttributeDict:
-        """The saved hyperparameters, also by attribute: ``self.hparams.lr``."""
-        return self._saved_hyperparameters.values
+    def hparams(self) -> Any:
+        """The saved hyperparameters, also by attribute: ``self.hparams.lr``; or the dict or Namespace that was assigned here."""
+        return self._saved_hyperparameters.shown
+
+    @hparams.setter
+    def hparams(self, values: Mapping[str, Any] | Namespace) -> None:
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_code.co_name != "__init__":  # torch's own __setattr__ lies between
+            frame = frame.f_back
+        self._saved_hyperparameters.take(self, frame, values)
 
     @property
     def hparams_initial(self) -> AttributeDict:
@@ -334,7 +343,7 @@ class LightningModule(ModuleRanks):
         cls,
         checkpoint_path: str,
         map_location: str | torch.device = "cpu",
-        hparams_file: None = None,
+        hparams_file: str | os.PathLike[str] | None = None,
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Self:
@@ -343,17 +352,30 @@ class LightningModule(ModuleRanks):
         Args:
             checkpoint_path: the file.
             map_location: where to put the tensors.
-            hparams_file: not supported: the checkpoint holds the hyperparameters.
+            hparams_file: a ``.csv`` or ``.yaml`` file with hyperparameters, for checkpoints of former days that hold none.
             strict: whether all keys must match; default: the module's `strict_loading`.
             **kwargs: arguments of `__init__` that the checkpoint does not hold, or that replace those it holds.
 
         Raises:
             CheckpointError: if the file cannot be read or does not fit, or an argument is missing.
         """
+        hparams_file = hparams_file if hparams_file is not None else kwargs.pop("tags_csv", None)
         if hparams_file is not None:
-            raise ConfigurationError("hparams_file is not supported: the checkpoint holds the hyperparameters.")
+            from leyden.compat.hparams_file import read_hparams_file
+
+            kwargs = {**read_hparams_file(hparams_file, cls), **kwargs}
         module: Self = load_module(cls, str(checkpoint_path), map_location, strict, kwargs)
         return module
+
+    @classmethod
+    def load_from_metrics(
+        cls, weights_path: str, tags_csv: str, map_location: str | torch.device = "cpu", **kwargs: Any
+    ) -> Self:
+        """Former spelling of `load_from_checkpoint` with ``hparams_file``."""
+        from leyden.compat.once import tell
+
+        tell(f"{cls.__name__}.load_from_metrics(weights_path, tags_csv)", "load_from_checkpoint(path, hparams_file=…)")
+        return cls.load_from_checkpoint(weights_path, map_location, tags_csv, **kwargs)
 
     # Export
 
@@ -365,15 +387,7 @@ class LightningModule(ModuleRanks):
             input_sample: inputs of `forward`; default: `example_input_array`.
             **kwargs: passed on.
         """
-        inputs = self._example(input_sample, "to_onnx")
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            with torch.no_grad():
-                return torch.onnx.export(self, inputs, file_path, **kwargs)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        return to_onnx(self, file_path, input_sample, **kwargs)
 
     def to_torchscript(self, file_path: Any = None, method: str = "script", example_inputs: Any = None) -> Any:
         """Return the module as TorchScript, which torch keeps for old deployments only; prefer `torch.export.export`.
@@ -383,32 +397,7 @@ class LightningModule(ModuleRanks):
             method: "script" or "trace".
             example_inputs: for "trace"; default: `example_input_array`.
         """
-        if method not in ("script", "trace"):
-            raise ConfigurationError(f"method={method!r} is not valid. Allowed: 'script', 'trace'.")
-        modes = {module: module.training for module in self.modules()}
-        attached = self._trainer
-        self.__dict__["_trainer"] = object()  # jit asks every property whether it is there, and only then skips it
-        self.eval()
-        try:
-            with torch.no_grad():
-                if method == "script":
-                    made = torch.jit.script(self)
-                else:
-                    made = torch.jit.trace(self, self._example(example_inputs, "to_torchscript"))  # type: ignore[no-untyped-call]
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            self.__dict__["_trainer"] = attached
-        if file_path is not None:
-            torch.jit.save(made, file_path)
-        return made
-
-    def _example(self, given: Any, who: str) -> tuple[Any, ...]:
-        inputs = self.example_input_array if given is None else given
-        if inputs is None:
-            raise ConfigurationError(f"{who} needs an input: pass one, or set self.example_input_array in __init__.")
-        inputs = move_to_device(inputs, self.device)
-        return inputs if isinstance(inputs, tuple) else (inputs,)
+        return to_torchscript(self, file_path, method, example_inputs)
 
     # Where the module stands
 

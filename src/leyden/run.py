@@ -212,6 +212,7 @@ class Run:
         own_optimizer_step: the user's `optimizer_step`, or None.
         own_scheduler_step: the user's `lr_scheduler_step`, or None.
         wants_outputs: whether somebody listens to what a training batch gave.
+        steps_schedulers: whether the loop steps the schedulers; in manual optimization the user does.
         accumulate: batches per step.
         window: batches in the present window: ``accumulate``, or fewer at an epoch's end.
         share: of its batch's samples that is in what is trained on now: below 1 if ``oom_policy`` has split the batch.
@@ -261,6 +262,7 @@ class Run:
     reload_loaders: Callable[[Run], None]
     move: Move | None
     strategy: Strategy
+    steps_schedulers: bool = True
     source: Source = field(init=False)
     validation: Evaluation | None = None
     schedule: ValidationSchedule | None = None
@@ -290,7 +292,7 @@ class Run:
     def __post_init__(self) -> None:
         self.account = self.outlet.account
         self.move = None if self.move is None else self.account.timed("host to device", self.move)
-        stepped_here = [] if self.mode is Mode.MANUAL else self.schedulers
+        stepped_here = self.schedulers if self.steps_schedulers else []
         self.epoch_schedulers = [config for config in stepped_here if config.interval == "epoch"]
         self.step_schedulers = [config for config in stepped_here if config.interval == "step"]
 

@@ -114,7 +114,7 @@ def test_every_part_is_under_the_key_that_hooks_know(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "state.ckpt")
     found = load_checkpoint(tmp_path / "state.ckpt")
     assert set(found) == {
-        "epoch", "global_step", "state_dict", "hyper_parameters", "hparams_name", "hparams_omitted",
+        "epoch", "global_step", "state_dict", "hyper_parameters", "hparams_name", "hparams_omitted", "hparams_type",
         "datamodule_hyper_parameters", "optimizer_states", "lr_schedulers", "scaler", "progress", "callbacks", "random_state",
         "Data", "run_id", "metrics", "loader_states", "should_stop", "optimizer_windows", "loggers",
     }  # fmt: skip

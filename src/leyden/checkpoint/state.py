@@ -50,8 +50,9 @@ def capture(
         "global_step": trainer.global_step,
         "run_id": None if run is None else run.run_id,
         "state_dict": trainer.strategy.module_state(module),
-        "hyper_parameters": dict(saved.values),
+        "hyper_parameters": saved.current(),
         "hparams_name": saved.name,
+        "hparams_type": type(saved.shown).__name__,
         "hparams_omitted": dict(saved.omitted),
     }
     if datamodule is not None:

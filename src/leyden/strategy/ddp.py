@@ -52,6 +52,9 @@ class DDPStrategy(DistributedStrategy):
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html
     """
 
+    wrap_by: Callable[[nn.Module, list[int] | None], Any] | None = None
+    """What wraps the training step in place of torch's DDP, in the same manner."""
+
     def __init__(
         self,
         *,
@@ -104,11 +107,15 @@ class DDPStrategy(DistributedStrategy):
         self._trained = [parameter.requires_grad for parameter in self._parameters]
         if not any(self._trained):
             return
-        cuda = self.device.type == "cuda"
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        if self.wrap_by is not None:
+            assert self._step is not None
+            self._ddp = self.wrap_by(self._step, device_ids)
+            return
         buffers: dict[str, Any] = {} if self.broadcast_buffers else {_SYNC_BUFFERS: False}
         ddp = DistributedDataParallel(
             self._step,
-            device_ids=[self.device.index] if cuda else None,
+            device_ids=device_ids,
             find_unused_parameters=self.find_unused_parameters,
             static_graph=self.static_graph,
             gradient_as_bucket_view=self.gradient_as_bucket_view,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor
 
+from leyden import ranks
 from leyden.agreement import Agreement
 from leyden.checkpoint import state
 from leyden.checkpoint.writer import Writer
 from leyden.errors import LeydenError
 from leyden.ranks import told_of_waiting
-from leyden.strategy import gathered
+from leyden.strategy import find_place, gathered
 from leyden.trainer.view import TrainerView
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ R = TypeVar("R")
 class TrainerRequests(TrainerView):
     """The public verbs beside the four: abstract, and there so that those have a page of their own."""
 
+    truncated_bptt_steps: int | None
+    _ckpt_path: str | os.PathLike[str] | None
     _writer: Writer
     _requests: list[Callable[[], None]]
 
@@ -53,6 +57,24 @@ class TrainerRequests(TrainerView):
             self._run.agreement.ask(index)
         else:
             self.at_step_boundary(self._requests[index])
+
+    def find_ranks(self) -> None:
+        """Learn from the environment which process this is, in one that was made from another; for the launcher."""
+        self.strategy.start_method = None
+        self.strategy.settle(replace(self.layout, place=find_place()))
+
+    def _find_checkpoint(self, ckpt_path: Any, verb: str, weights_only: bool = False) -> ranks.Found | None:
+        found = ranks.find_checkpoint(
+            self.strategy,
+            self.lightning_module,
+            ckpt_path if ckpt_path is not None else self._ckpt_path,
+            self.checkpoint_callbacks,
+            self._default_root_dir,
+            verb,
+            weights_only,
+        )
+        self._loaded_from = found[1] if found is not None else None
+        return found
 
     def make_agreement(self) -> Agreement:
         """What the processes of a `fit` ask of each other; for the engine."""

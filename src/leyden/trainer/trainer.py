@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +25,13 @@ from leyden.profilers.wiring import batches_of, finish, measures
 from leyden.run import Evaluation, Outlet, Run, Status
 from leyden.settings import Settings
 from leyden.sources import Sources
-from leyden.strategy import Strategy, find_place, resolve_ranks
+from leyden.strategy import Strategy, resolve_ranks
+from leyden.trainer.former import modernised, speaks_formerly
 from leyden.trainer.requests import TrainerRequests
+from leyden.trainer.states import TrainerState
 
 if TYPE_CHECKING:
+    from leyden.compat.dress import Dress
     from leyden.data.loader import Source
     from leyden.hooks import Resolver
     from leyden.loggers import Logger
@@ -90,10 +92,13 @@ class Trainer(TrainerRequests):
         use_distributed_sampler: divide the samples of loaders over the processes (default), where their samplers do not.
         reload_dataloaders_every_n_epochs: ask the loader hooks again every n epochs; 0 never.
         default_root_dir: where logs and checkpoints go; default: the working directory.
+        **others: arguments of former days, which `leyden.compat` translates and tells of; others are refused.
 
     Raises:
         ConfigurationError: naming the argument, its value and what is allowed.
     """
+
+    _dress: Dress | None = None
 
     def __init__(
         self,
@@ -142,19 +147,27 @@ class Trainer(TrainerRequests):
         sync_batchnorm: bool = False,
         reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: str | os.PathLike[str] | None = None,
+        **others: Any,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name in Settings.__dataclass_fields__}
-        self._settings = Settings(**given)
+        asked = {name: value for name, value in locals().items() if name not in ("self", "others")}
+        if others or speaks_formerly(asked):
+            modern = modernised(asked, others)
+            Trainer.__init__(self, **modern.arguments)
+            self._ckpt_path, self.truncated_bptt_steps = modern.ckpt_path, modern.truncated_bptt_steps
+            return
+        self._settings = Settings(**{name: asked[name] for name in asked if name in Settings.__dataclass_fields__})
         self._device_choice, self.strategy = resolve_ranks(accelerator, devices, strategy, num_nodes)
         self.profiler = resolve_profiler(profiler)
         self._default_root_dir = os.fspath(default_root_dir) if default_root_dir is not None else os.getcwd()
         self.callbacks = self._active_callbacks = default_callbacks(callbacks, self._settings)
         self.loggers = default_loggers(logger, self._settings, self._default_root_dir)
         self._status = Status()
+        self.state = TrainerState(self._status)
         self._outlet: Outlet = assemble.new_outlet(self.loggers, None, self.strategy)
         self._module = self._datamodule = self._sources = self._run = self._evaluation = None
         self._writer = Writer()
         self._requests, self.interrupted = [], False
+        self._ckpt_path, self.truncated_bptt_steps = None, None
 
     # The four verbs
 
@@ -282,11 +295,6 @@ class Trainer(TrainerRequests):
 
     # How a verb is set up and taken down
 
-    def find_ranks(self) -> None:
-        """Learn from the environment which process this is, in one that was made from another; for the launcher."""
-        self.strategy.start_method = None
-        self.strategy.settle(replace(self.layout, place=find_place()))
-
     @contextmanager
     def _running(
         self, verb: str, module: LightningModule, datamodule: LightningDataModule | None, passed: dict[str, Any]
@@ -297,6 +305,7 @@ class Trainer(TrainerRequests):
                 f"{verb} was called while this Trainer runs {self._status.verb}. Use a Trainer of its own for it."
             )
         datamodule = assemble.check_data(verb, datamodule, passed)
+        assemble.join_formerly(module, self.strategy)
         self.strategy.connect()
         writing = ranks.share_loggers(self.strategy, self.loggers)
         before = {
@@ -310,7 +319,7 @@ class Trainer(TrainerRequests):
         share = ranks.share_of_data(self.strategy)
         self._sources = Sources(module, datamodule, passed, self._settings, batches_of(self.profiler), share)
         resolver = self._resolve(module, datamodule)  # a hook that is refused here must not be called in the teardown
-        self._status.verb, self._status.stage = verb, None
+        self.state.begin(verb)
         outcome, began = "failed", False
         first: BaseException | None = None
         try:
@@ -348,7 +357,12 @@ class Trainer(TrainerRequests):
         if datamodule is not None:
             datamodule.trainer = self
         self._active_callbacks = with_modules_own(self.callbacks, module.configure_callbacks())
-        return assemble.make_resolver(self, module, datamodule, self._active_callbacks)
+        self._dress = assemble.dressed(self, module, self._active_callbacks)
+        try:
+            return assemble.make_resolver(self, module, datamodule, self._active_callbacks, self._dress)
+        except LeydenError:
+            self._undress()
+            raise
 
     def _set_up(self, verb: str, module: LightningModule, datamodule: LightningDataModule | None) -> None:
         if measures(self.profiler):
@@ -367,6 +381,7 @@ class Trainer(TrainerRequests):
         self.strategy.prepare_module(module, self._settings)
 
     def _on_exception(self, exception: BaseException) -> None:
+        self.state.interrupt()
         module, datamodule = self.lightning_module, self._datamodule
         advise(exception, self._run, self._settings)
         parts = [partial(callback.on_exception, self, module, exception) for callback in self._active_callbacks]
@@ -383,9 +398,8 @@ class Trainer(TrainerRequests):
         parts += [self._sources.shut_down] if self._sources is not None else []
         parts += [partial(datamodule.teardown, verb)] if datamodule is not None else []
         parts += [partial(callback.teardown, self, module, verb) for callback in self._active_callbacks]
-        last = call_each([*parts, partial(module.teardown, verb)], first)
-        self._status.verb = self._status.stage = None
-        self._status.sanity = False
+        last = call_each([*parts, partial(module.teardown, verb), self._undress], first)
+        self.state.end()
         module.__dict__.update(_metrics=None, _run=None)
         if outcome == "failed":
             module.trainer = None
@@ -393,6 +407,11 @@ class Trainer(TrainerRequests):
             raise last
         for note in getattr(first, "__notes__", ()) if self.interrupted else ():  # no traceback will show them
             print(note)
+
+    def _undress(self) -> None:
+        if self._dress is not None:
+            self._dress.undo()
+        self._dress = None
 
     def _make_run(self, module: LightningModule, resolver: Resolver, ckpt_path: Any) -> Run:
         found = self._find_checkpoint(ckpt_path, "fit")
@@ -412,17 +431,6 @@ class Trainer(TrainerRequests):
         run.run_id = self.strategy.share_run_id(run.run_id)
         begin_logs(writing, module, self._datamodule)
         return run
-
-    def _find_checkpoint(self, ckpt_path: Any, verb: str, weights_only: bool = False) -> ranks.Found | None:
-        return ranks.find_checkpoint(
-            self.strategy,
-            self.lightning_module,
-            ckpt_path,
-            self.checkpoint_callbacks,
-            self._default_root_dir,
-            verb,
-            weights_only,
-        )
 
     def _sanity_check(self, run: Run, resolver: Resolver) -> None:
         assert self._sources is not None

@@ -1,0 +1,349 @@
+"""Modules of 2020, dressed in the hooks of today while a Trainer runs them.
+
+A dressed module has hooks of today among its own attributes, where the engine finds them before those of its class. They call
+what the user wrote at the places where it was called then. At the end of the run they are taken off again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from leyden.callbacks.callback import Callback
+from leyden.compat.calls import Hook, adapted, arguments_of, fits, names_of, needs, spelled, takes
+from leyden.compat.once import tell
+from leyden.compat.results import Results, kept
+from leyden.compat.turns import Turns, split_batch
+from leyden.errors import HookError
+from leyden.hooks import EVENTS, FORMER_CALLBACK_HOOKS, FORMER_MODULE_HOOKS, former_hooks, location, overridden
+from leyden.module import LightningModule
+from leyden.strategy import Strategy
+from leyden.strategy.ddp import DDPStrategy
+
+if TYPE_CHECKING:
+    from leyden.trainer import Trainer
+
+_EPOCH_ENDS = {
+    "validation": ("validation_epoch_end", "validation_end"),
+    "test": ("test_epoch_end", "test_end"),
+}
+_COLLECTED = "self.log in {0}_step, which means over the epoch; or a list of your own, used in on_{0}_epoch_end()"
+_TODAY = {
+    "training_end": "compute it in training_step",
+    "training_step_end": "compute it in training_step",
+    "training_epoch_end": "keep what is needed in a list of your own, and use it in on_train_epoch_end()",
+    "validation_step_end": "compute it in validation_step",
+    "test_step_end": "compute it in test_step",
+    **{name: _COLLECTED.format(stage) for stage, names in _EPOCH_ENDS.items() for name in names},
+    "on_epoch_start": "on_train_epoch_start()",
+    "on_epoch_end": "on_train_epoch_end()",
+    "on_batch_start": "on_train_batch_start(batch, batch_idx)",
+    "on_batch_end": "on_train_batch_end(outputs, batch, batch_idx)",
+    "on_pre_performance_check": "on_validation_start() and on_test_start()",
+    "on_post_performance_check": "on_validation_end() and on_test_end()",
+    "on_pretrain_routine_start": "on_fit_start()",
+    "on_pretrain_routine_end": "on_fit_start()",
+    "on_init_start": "setup(trainer, pl_module, stage)",
+    "on_init_end": "setup(trainer, pl_module, stage)",
+    "on_keyboard_interrupt": "on_exception(trainer, pl_module, exception)",
+    "tng_dataloader": "train_dataloader()",
+    "tbptt_split_batch": "split the batch in training_step, with automatic_optimization = False",
+    "configure_apex": "Trainer(precision='16-mixed') or 'bf16-mixed', which torch does by itself; it is not called",
+    "configure_ddp": "Trainer(strategy=DDPStrategy(find_unused_parameters=…))",
+    "init_ddp_connection": "Trainer(devices=…, num_nodes=…), torchrun or srun, which join the ranks",
+}
+_PLACES = {
+    "on_epoch_start": ("on_train_epoch_start",),
+    "on_batch_start": ("on_train_batch_start",),
+    "on_pretrain_routine_start": ("on_fit_start",),
+    "on_pretrain_routine_end": ("on_fit_start",),
+    "on_pre_performance_check": ("on_validation_start", "on_test_start"),
+    "on_epoch_end": ("on_train_epoch_end",),
+    "on_batch_end": ("on_train_batch_end",),
+    "on_post_performance_check": ("on_validation_end", "on_test_end"),
+}
+"""Hooks of then, and of today at the same places."""
+_SINGLE = {
+    "optimizer_step": ("epoch", "batch_idx", "optimizer", "optimizer_closure"),
+    "optimizer_zero_grad": ("epoch", "batch_idx", "optimizer"),
+    "lr_scheduler_step": ("scheduler", "metric"),
+    "configure_gradient_clipping": ("optimizer", "gradient_clip_val", "gradient_clip_algorithm"),
+    "backward": ("loss",),
+}
+"""Hooks of optimization, and their arguments of today."""
+
+
+class Dress:
+    """The hooks of today on a module of 2020 and on callbacks of then.
+
+    Args:
+        trainer: who runs it.
+        module: the user's.
+        callbacks: those of the run.
+        bptt_steps: the Trainer's ``truncated_bptt_steps``.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, callbacks: Sequence[Callback], bptt_steps: int | None = None
+    ) -> None:
+        self._trainer, self._module = trainer, module
+        self._bptt_steps = bptt_steps or getattr(module, "truncated_bptt_steps", None) or None
+        self._former = former_hooks(module, LightningModule, FORMER_MODULE_HOOKS)
+        self._results = Results(module, everything=bool(self._former))
+        self._worn: list[tuple[object, str]] = []
+        self._was_automatic = module.automatic_optimization
+        self._step = module.training_step
+        self._step_takes = takes(self._step)
+        self._several = False
+        step = self._own("optimizer_step")
+        # Of 0.7, if it knows whose turn it is: gradients are there when it is called. That of today computes them in its closure.
+        self._former_step = (
+            step if step is not None and {"optimizer_idx", "optimizer_i", "opt_idx"} & {*names_of(step)} else None
+        )
+        self._frequencies: list[int] = []
+        self._trained: list[list[Any]] = []
+        self._turns: Turns | None = None
+        for name in self._former:
+            tell(f"{type(module).__name__}.{name}", _TODAY[name])
+        self._dress_moments(module, self._former, ())
+        self._dress_training()
+        for stage in _EPOCH_ENDS:
+            self._dress_evaluation(stage)
+        if "tng_dataloader" in self._former and self._own("train_dataloader") is None:
+            self._wear("train_dataloader", self._own("tng_dataloader"))
+        for callback in callbacks:
+            self._dress_callback(callback)
+
+    def undo(self) -> None:
+        """Leave module and callbacks as the user made them."""
+        for owner, name in self._worn:
+            vars(owner).pop(name, None)
+        self._module.automatic_optimization = self._was_automatic
+
+    def _wear(self, name: str, hook: Any, owner: object = None) -> None:
+        owner = self._module if owner is None else owner
+        vars(owner)[name] = hook
+        self._worn.append((owner, name))
+
+    def _own(self, name: str) -> Hook | None:
+        """What the user has under a name, or what is worn there; None if that is nothing."""
+        if name in FORMER_MODULE_HOOKS:
+            return getattr(self._module, name) if name in self._former else None
+        return getattr(self._module, name) if overridden(self._module, name, LightningModule) else None
+
+    def _first_of(self, *names: str) -> Hook | None:
+        return next((hook for hook in map(self._own, names) if hook is not None), None)
+
+    def _before(self, name: str, first: Hook) -> None:
+        """Have ``first`` called before the user's own hook of that name."""
+        self._wear(name, _one_after_the_other(first, self._own(name)))
+
+    # Moments of a run, of modules and callbacks
+
+    def _dress_moments(self, owner: Any, former: Sequence[str], before: tuple[str, ...]) -> None:
+        """Give an owner's hooks of then their places, and those of today with other parameters what they ask for."""
+        base = LightningModule if owner is self._module else Callback
+        for name, event in EVENTS.items():
+            today = (*before, *event.arguments)
+            if not overridden(owner, name, base) or (event.module_only and base is Callback):
+                continue
+            hook = getattr(owner, name)
+            if not fits(hook, today):
+                tell(spelled(owner, name, hook), f"{name}({', '.join(today)})")
+                self._wear(name, adapted(hook, (*today, "dataloader_idx") if event.per_dataloader else today), owner)
+        for name, places in _PLACES.items():
+            for place in places if name in former else ():
+                then = adapted(getattr(owner, name), (*before, *EVENTS[place].arguments))
+                now = getattr(owner, place) if overridden(owner, place, base) else None
+                starts = name.endswith(("_start", "pre_performance_check"))
+                self._wear(place, _one_after_the_other(*((then, now) if starts else (now, then))), owner)
+
+    def _dress_callback(self, callback: Callback) -> None:
+        former = former_hooks(callback, Callback, FORMER_CALLBACK_HOOKS)
+        for name in former:
+            tell(f"{type(callback).__name__}.{name}", _TODAY[name])
+        self._dress_moments(callback, former, ("trainer", "pl_module"))
+        for name in ("on_init_start", "on_init_end"):
+            if name in former:
+                getattr(callback, name)(self._trainer)
+        if "on_keyboard_interrupt" in former:
+            told = callback.on_keyboard_interrupt  # type: ignore[attr-defined]  # a hook of then
+            own = callback.on_exception if overridden(callback, "on_exception", Callback) else None
+            self._wear("on_exception", _one_after_the_other(functools.partial(_if_interrupted, told), own), callback)
+
+    # Training
+
+    def _dress_training(self) -> None:
+        self._wear("training_step", self._train_alone)
+        self._wear("configure_optimizers", self._configure_optimizers(self._module.configure_optimizers))
+        for name, today in _SINGLE.items():
+            hook = self._own(name)
+            if hook is not None and needs(hook) > len(today):
+                tell(spelled(self._module, name, hook), f"def {name}(self, {', '.join(today)})")
+                self._wear(name, adapted(hook, today, self._turn))
+        if "training_epoch_end" in self._former:
+            self._before("on_train_epoch_start", self._trained.clear)
+            self._before("on_train_epoch_end", self._end_epoch)
+
+    def _train_alone(self, batch: Any, batch_idx: int) -> Any:
+        return self._train(batch, batch_idx)
+
+    def _train(self, batch: Any, batch_idx: int, index: int = 0, hiddens: Any = None) -> Any:
+        """One call of the user's `training_step`, with the optimizer's index and the hidden state where they belong."""
+        given: tuple[Any, ...] = (batch, batch_idx)
+        if self._several or (self._step_takes > 2 and self._bptt_steps is None):
+            given += (index,)
+        if self._bptt_steps is not None:
+            given += (hiddens,)
+        output = self._step(*given[: self._step_takes])
+        end = self._first_of("training_step_end", "training_end")
+        output = output if end is None else end(output)
+        if isinstance(output, int) and output == -1:  # in 0.5: nothing to train on here
+            return None
+        self._results.publish(output, "training_step")
+        if "training_epoch_end" in self._former and output is not None:
+            self._trained.extend([] for _ in range(index + 1 - len(self._trained)))
+            self._trained[index].append(kept(output if isinstance(output, dict) else {"loss": output}))
+        return output
+
+    def _end_epoch(self) -> None:
+        outputs: list[Any] = list(self._trained)
+        self._trained.clear()
+        end = self._own("training_epoch_end")
+        assert end is not None
+        self._results.publish(end(outputs[0] if len(outputs) == 1 else outputs), "training_epoch_end")
+
+    def _configure_optimizers(self, configure: Hook) -> Hook:
+        def configure_optimizers() -> Any:
+            returned = configure()
+            forms = returned if isinstance(returned, (list, tuple)) else ()
+            self._frequencies = [
+                int(form["frequency"]) for form in forms if isinstance(form, dict) and "frequency" in form
+            ]
+            return returned
+
+        return configure_optimizers
+
+    def takes_turns(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Whether one batch is several steps, or a step of 2020; then `training_step` is dressed to step by itself."""
+        self._several = len(optimizers) > 1
+        if not self._was_automatic or not (self._several or self._bptt_steps or self._former_step):
+            return False
+        self._check_turns()
+        self._turns = Turns(
+            self._module,
+            self._train,
+            self._former_step,
+            self._own("optimizer_zero_grad"),
+            self._frequencies if len(self._frequencies) > 1 else (),
+            self._bptt_steps,
+            self._own("tbptt_split_batch") or split_batch,
+        )
+        self._wear("training_step", self._turns.step)
+        self._module.automatic_optimization = False
+        return True
+
+    def _check_turns(self) -> None:
+        kind = type(self._module).__name__
+        wanted = [*(["optimizer_idx"] if self._several else []), *(["hiddens"] if self._bptt_steps else [])]
+        if self._step_takes < 2 + len(wanted):
+            because = (
+                "configure_optimizers returned several optimizers" if self._several else "truncated_bptt_steps is set"
+            )
+            raise HookError(
+                f"{because}, but {kind}.training_step({', '.join(names_of(self._step))}) ({location(self._step)}) has no place "
+                f"for {' and '.join(wanted)}. Write it as def training_step(self, batch, batch_idx, {', '.join(wanted)}), or set "
+                "self.automatic_optimization = False in __init__ and step the optimizers in it."
+            )
+        if self._several:
+            tell(
+                f"{kind}.training_step(batch, batch_idx, optimizer_idx)",
+                "self.automatic_optimization = False in __init__, and opt.minimize(loss) for each of self.optimizers()",
+            )
+        if self._bptt_steps:
+            tell(
+                "truncated_bptt_steps",
+                "automatic_optimization = False, and a loop over parts of the batch in training_step",
+            )
+
+    def _turn(self) -> dict[str, Any]:
+        """What hooks of 2020 are given beside the arguments of today: whose turn it is."""
+        run, index = self._module._running(), self._turns.index if self._turns is not None else 0
+        optimizer = run.handles[index] if run.handles else None
+        return {
+            "trainer": self._trainer,
+            "optimizer": optimizer,
+            "optimizer_idx": index,
+            "use_amp": run.scaler is not None,
+        }
+
+    # Evaluation
+
+    def _dress_evaluation(self, stage: str) -> None:
+        step, after, end = (
+            self._own(f"{stage}_step"),
+            self._own(f"{stage}_step_end"),
+            self._first_of(*_EPOCH_ENDS[stage]),
+        )
+        if step is None or (after is None and end is None):
+            return
+        collected: dict[int, list[Any]] = {}
+
+        @functools.wraps(step)
+        def collecting(*given: Any) -> Any:
+            output = step(*given)
+            output = output if after is None else after(output)
+            if end is not None and output is not None:
+                dataloader_idx = given[2] if len(given) > 2 else 0
+                collected.setdefault(dataloader_idx, []).append(kept(output))
+            return output
+
+        self._wear(f"{stage}_step", collecting)
+        if end is not None:
+            self._before(f"on_{stage}_epoch_start", collected.clear)
+            self._before(f"on_{stage}_epoch_end", functools.partial(self._end_evaluation, end, collected))
+
+    def _end_evaluation(self, end: Hook, collected: dict[int, list[Any]]) -> None:
+        outputs: list[Any] = [collected.get(index, []) for index in range(max(collected, default=0) + 1)]
+        collected.clear()
+        self._results.publish(end(outputs[0] if len(outputs) == 1 else outputs), end.__name__)
+
+
+def join_ranks(module: LightningModule, strategy: Strategy) -> None:
+    """Let a module of 2020 join the ranks, or wrap what they train, in its own way.
+
+    Args:
+        module: one with `init_ddp_connection(proc_rank, world_size)` or `configure_ddp(model, device_ids)`, maybe.
+        strategy: of the run, before it has joined.
+    """
+    former = former_hooks(module, LightningModule, FORMER_MODULE_HOOKS)
+    if "configure_ddp" in former and isinstance(strategy, DDPStrategy):
+        strategy.wrap_by = module.configure_ddp  # type: ignore[assignment]  # a hook of then
+    if "init_ddp_connection" in former and strategy.world_size > 1 and not dist.is_initialized():
+        join: Callable[..., Any] = module.init_ddp_connection  # type: ignore[assignment]  # a hook of then
+        known = {
+            "global_rank": strategy.global_rank,
+            "world_size": strategy.world_size,
+            "is_slurm_managing_tasks": False,
+        }
+        join(*arguments_of(join, known))
+
+
+def _one_after_the_other(*hooks: Hook | None) -> Hook:
+    """Hooks as one, which answers what the first of them answers that is not None."""
+    present = [hook for hook in hooks if hook is not None]
+
+    def call(*given: Any) -> Any:
+        answers = [hook(*given) for hook in present]
+        return next((answer for answer in answers if answer is not None), None)
+
+    return present[0] if len(present) == 1 else call
+
+
+def _if_interrupted(hook: Hook, trainer: Any, module: Any, exception: BaseException) -> None:
+    if isinstance(exception, KeyboardInterrupt):
+        hook(trainer, module)
