@@ -58,8 +58,18 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("assemble",),
     ("loop",),
     ("trainer",),
-    ("cli", "compat", "tuner"),
+    ("cli", "compat", "tuner", "utilities", "strategies", "plugins", "demos"),
 )
+# Where the engine reaches `leyden.compat`, in functions, for what was written for others; docs/architecture.md says what for.
+SEAMS = {
+    "trainer.former",
+    "trainer.requests",
+    "assemble",
+    "module",
+    "callbacks.model_checkpoint",
+    "callbacks.early_stopping",
+    "checkpoint.format",
+}
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 # Callbacks and loggers see the public Trainer, never its insides.
@@ -141,6 +151,8 @@ def upward_imports(modules: dict[str, ast.Module]) -> list[str]:
                 found.append(f"leyden.{name}:{line} imports the root package; import the module that has the name")
                 continue
             own, other = level_of(name), level_of(target)
+            if name in SEAMS and target.split(".")[0] == "compat":
+                continue
             if own is not None and other is not None and other > own:
                 found.append(f"leyden.{name}:{line} imports leyden.{target}, which stands above it")
     return found
@@ -219,6 +231,7 @@ def test_callbacks_and_loggers_stay_outside(family: str) -> None:
         if name.split(".")[0] == family
         for target, line in imported_modules(name, tree, modules)
         if any(target == inside or target.startswith(f"{inside}.") for inside in INSIDES)
+        and not (name in SEAMS and target.startswith("compat."))
     ]
     assert not found, "\n" + "\n".join(found)
 

@@ -1,25 +1,33 @@
-"""Where a Trainer meets arguments of former days: the one place of its `__init__` that reaches `leyden.compat`."""
+"""Where a Trainer meets arguments of former days, which `leyden.compat` translates."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from leyden.compat.arguments import Modern
+import os
+from typing import Any
 
 
-def speaks_formerly(asked: Mapping[str, Any]) -> bool:
-    """Whether an argument of today has a value of former days: ``{epoch: n}`` to accumulate, ``profiler=True``."""
-    return isinstance(asked["accumulate_grad_batches"], dict) or isinstance(asked["profiler"], bool)
+def in_words_of_today(
+    asked: dict[str, Any], others: dict[str, Any]
+) -> tuple[dict[str, Any], str | os.PathLike[str] | None, int | None]:
+    """Translate what a Trainer was asked for in words of former days.
 
+    Args:
+        asked: the arguments of today; some had other values once: ``{epoch: n}`` to accumulate, ``profiler=True``.
+        others: arguments that there are none of today.
 
-def modernised(asked: dict[str, Any], others: dict[str, Any]) -> Modern:
-    """Translate arguments of former days.
+    Returns:
+        The arguments of today; ``resume_from_checkpoint``; ``truncated_bptt_steps``.
 
     Raises:
         ConfigurationError: for names that no Trainer ever had, and for contradictions.
     """
+    if (
+        not others
+        and not isinstance(asked["accumulate_grad_batches"], dict)
+        and not isinstance(asked["profiler"], bool)
+    ):
+        return asked, None, None
     from leyden.compat.arguments import modernise
 
-    return modernise(asked, others)
+    modern = modernise(asked, others)
+    return modern.arguments, modern.ckpt_path, modern.truncated_bptt_steps

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from torch import Tensor
 
@@ -57,6 +58,30 @@ class TrainerRequests(TrainerView):
             self._run.agreement.ask(index)
         else:
             self.at_step_boundary(self._requests[index])
+
+    @classmethod
+    def add_argparse_args(cls, parent_parser: ArgumentParser) -> ArgumentParser:
+        """Former way to have a Trainer's arguments on the command line."""
+        from leyden.compat.argparse_2020 import add_arguments
+
+        return add_arguments(cls, parent_parser)
+
+    @classmethod
+    def from_argparse_args(cls, args: Namespace | ArgumentParser, **kwargs: Any) -> Self:
+        """Former way to make a Trainer from the command line: of ``args`` it takes what it knows."""
+        from leyden.compat.argparse_2020 import arguments_from
+
+        return cls(**arguments_from(cls, args, kwargs))
+
+    if not TYPE_CHECKING:  # else every misspelt attribute would pass for one
+
+        def __getattr__(self, name: str) -> Any:
+            # Only for what is not there: attributes that Trainers had in former days.
+            if name.startswith("_") or hasattr(type(self), name):
+                return object.__getattribute__(self, name)
+            from leyden.compat.former_attributes import trainer_attribute
+
+            return trainer_attribute(self, name)
 
     def find_ranks(self) -> None:
         """Learn from the environment which process this is, in one that was made from another; for the launcher."""
