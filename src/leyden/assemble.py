@@ -125,6 +125,7 @@ def make_resolver(
     resolver = Resolver(trainer, module, callbacks, LightningModule, Callback, hooks_of(trainer.profiler))
     resolver.check(datamodule, LightningDataModule)
     if dress is not None:
+        dress.greet()
         resolver.takes_turns = dress.takes_turns
     return resolver
 

@@ -24,13 +24,19 @@ from leyden.run import Mode
 from leyden.settings import Settings
 
 if TYPE_CHECKING:
+    from leyden.compat.dress import Dress
     from leyden.run import Run
     from leyden.trainer import Trainer
 
 _PACKAGE = str(Path(__file__).parent)
 
 
-def explain(trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None = None) -> str:
+def explain(
+    trainer: Trainer,
+    module: LightningModule,
+    datamodule: LightningDataModule | None = None,
+    dressed: Callable[..., Dress | None] = lambda *_: None,
+) -> str:
     """The lifecycle of `fit` for this module: who overrides what, where, and what was chosen.
 
     Of the user's code only `configure_callbacks` is called, because it says whose hooks there are.
@@ -39,6 +45,7 @@ def explain(trainer: Trainer, module: LightningModule, datamodule: LightningData
         trainer: with its settings.
         module: whose hooks, and whose way of optimization.
         datamodule: whose hooks as well.
+        dressed: gives a module of former days the hooks of today.
 
     Raises:
         HookError: for what `fit` would refuse: misspelt hooks, and hooks that cannot be called.
@@ -49,6 +56,17 @@ def explain(trainer: Trainer, module: LightningModule, datamodule: LightningData
         callbacks = with_modules_own(trainer.callbacks, module.configure_callbacks())
     finally:
         module.__dict__["_trainer"] = before
+    dress = dressed(trainer, module, callbacks)
+    try:
+        return _explained(trainer, module, datamodule, callbacks)
+    finally:
+        if dress is not None:
+            dress.undo()
+
+
+def _explained(
+    trainer: Trainer, module: LightningModule, datamodule: LightningDataModule | None, callbacks: list[Callback]
+) -> str:
     resolver = Resolver(trainer, module, callbacks, LightningModule, Callback)
     resolver.check(datamodule, LightningDataModule)
     resolver.table()

@@ -302,6 +302,7 @@ def overridden(owner: Any, name: str, base: type) -> bool:
 
 def location(hook: Hook) -> str:
     """``file:line`` of a hook's code, or an empty string for what has none, as builtins."""
+    hook = getattr(hook, "former", hook)  # of a hook of today that calls one of former days
     code = getattr(inspect.unwrap(getattr(hook, "__func__", hook)), "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
 

@@ -351,3 +351,18 @@ def test_hparams_that_are_assigned_stay_the_object_that_they_are(tmp_path: Path)
     assert again.hparams == {"lr": 0.5, "batch_size": 4}
     with pytest.raises(pl.utilities.exceptions.MisconfigurationException, match="hparams=3 is not valid"):
         model.hparams = 3
+
+
+def test_explain_shows_where_the_hooks_of_then_are(tmp_path: Path) -> None:
+    model, callback = Old(), OldCallback()
+    text = make_trainer(tmp_path, callback).explain(model)
+    for hook, owner in (
+        ("on_train_epoch_start", "Old"),
+        ("on_validation_epoch_end", "Old"),
+        ("on_train_batch_end", "OldCallback"),
+    ):
+        (line,) = [each for each in text.splitlines() if each.split("(")[0].strip().startswith(hook)][:1]
+        assert owner in line, line
+        assert "test_2020_hooks.py" in line, line
+    assert callback.calls == []
+    assert "training_step" not in vars(model)

@@ -95,6 +95,7 @@ class Dress:
         self._former = former_hooks(module, LightningModule, FORMER_MODULE_HOOKS)
         self._results = Results(module, everything=bool(self._former))
         self._worn: list[tuple[object, str]] = []
+        self._greetings: list[Hook] = []
         self._was_automatic = module.automatic_optimization
         self._step = module.training_step
         self._step_takes = takes(self._step)
@@ -114,7 +115,8 @@ class Dress:
         for stage in _EPOCH_ENDS:
             self._dress_evaluation(stage)
         if "tng_dataloader" in self._former and self._own("train_dataloader") is None:
-            self._wear("train_dataloader", self._own("tng_dataloader"))
+            loader = self._module.tng_dataloader
+            self._wear("train_dataloader", loader, of=loader)  # type: ignore[arg-type]  # a hook of then
         for callback in callbacks:
             self._dress_callback(callback)
 
@@ -124,9 +126,17 @@ class Dress:
             vars(owner).pop(name, None)
         self._module.automatic_optimization = self._was_automatic
 
-    def _wear(self, name: str, hook: Any, owner: object = None) -> None:
+    def greet(self) -> None:
+        """Call what callbacks of 2020 have for the moment when a Trainer is made."""
+        for hook in self._greetings:
+            hook(self._trainer)
+
+    def _wear(self, name: str, hook: Hook, of: Hook | None, owner: object = None) -> None:
+        """Put a hook on; ``of`` is what the user wrote, for those who ask where it is."""
         owner = self._module if owner is None else owner
-        vars(owner)[name] = hook
+        worn = functools.partial(hook)
+        worn.former = of  # type: ignore[attr-defined]  # see leyden.hooks.location
+        vars(owner)[name] = worn
         self._worn.append((owner, name))
 
     def _own(self, name: str) -> Hook | None:
@@ -138,9 +148,9 @@ class Dress:
     def _first_of(self, *names: str) -> Hook | None:
         return next((hook for hook in map(self._own, names) if hook is not None), None)
 
-    def _before(self, name: str, first: Hook) -> None:
+    def _before(self, name: str, first: Hook, of: Hook | None) -> None:
         """Have ``first`` called before the user's own hook of that name."""
-        self._wear(name, _one_after_the_other(first, self._own(name)))
+        self._wear(name, _one_after_the_other(first, self._own(name)), of)
 
     # Moments of a run, of modules and callbacks
 
@@ -154,40 +164,44 @@ class Dress:
             hook = getattr(owner, name)
             if not fits(hook, today):
                 tell(spelled(owner, name, hook), f"{name}({', '.join(today)})")
-                self._wear(name, adapted(hook, (*today, "dataloader_idx") if event.per_dataloader else today), owner)
+                more = ("dataloader_idx",) if event.per_dataloader else ()
+                self._wear(name, adapted(hook, (*today, *more)), hook, owner)
         for name, places in _PLACES.items():
             for place in places if name in former else ():
                 then = adapted(getattr(owner, name), (*before, *EVENTS[place].arguments))
                 now = getattr(owner, place) if overridden(owner, place, base) else None
                 starts = name.endswith(("_start", "pre_performance_check"))
-                self._wear(place, _one_after_the_other(*((then, now) if starts else (now, then))), owner)
+                order = (then, now) if starts else (now, then)
+                self._wear(place, _one_after_the_other(*order), getattr(owner, name), owner)
 
     def _dress_callback(self, callback: Callback) -> None:
         former = former_hooks(callback, Callback, FORMER_CALLBACK_HOOKS)
         for name in former:
             tell(f"{type(callback).__name__}.{name}", _TODAY[name])
         self._dress_moments(callback, former, ("trainer", "pl_module"))
-        for name in ("on_init_start", "on_init_end"):
-            if name in former:
-                getattr(callback, name)(self._trainer)
+        self._greetings += [getattr(callback, name) for name in ("on_init_start", "on_init_end") if name in former]
         if "on_keyboard_interrupt" in former:
             told = callback.on_keyboard_interrupt  # type: ignore[attr-defined]  # a hook of then
             own = callback.on_exception if overridden(callback, "on_exception", Callback) else None
-            self._wear("on_exception", _one_after_the_other(functools.partial(_if_interrupted, told), own), callback)
+            self._wear(
+                "on_exception", _one_after_the_other(functools.partial(_if_interrupted, told), own), told, callback
+            )
 
     # Training
 
     def _dress_training(self) -> None:
-        self._wear("training_step", self._train_alone)
-        self._wear("configure_optimizers", self._configure_optimizers(self._module.configure_optimizers))
+        self._wear("training_step", self._train_alone, of=self._step)
+        configure = self._module.configure_optimizers
+        self._wear("configure_optimizers", self._configure_optimizers(configure), of=configure)
         for name, today in _SINGLE.items():
             hook = self._own(name)
             if hook is not None and needs(hook) > len(today):
                 tell(spelled(self._module, name, hook), f"def {name}(self, {', '.join(today)})")
-                self._wear(name, adapted(hook, today, self._turn))
+                self._wear(name, adapted(hook, today, self._turn), of=hook)
         if "training_epoch_end" in self._former:
-            self._before("on_train_epoch_start", self._trained.clear)
-            self._before("on_train_epoch_end", self._end_epoch)
+            end = self._own("training_epoch_end")
+            self._before("on_train_epoch_start", self._trained.clear, of=end)
+            self._before("on_train_epoch_end", self._end_epoch, of=end)
 
     def _train_alone(self, batch: Any, batch_idx: int) -> Any:
         return self._train(batch, batch_idx)
@@ -243,7 +257,7 @@ class Dress:
             self._bptt_steps,
             self._own("tbptt_split_batch") or split_batch,
         )
-        self._wear("training_step", self._turns.step)
+        self._wear("training_step", self._turns.step, of=self._step)
         self._module.automatic_optimization = False
         return True
 
@@ -302,10 +316,10 @@ class Dress:
                 collected.setdefault(dataloader_idx, []).append(kept(output))
             return output
 
-        self._wear(f"{stage}_step", collecting)
+        self._wear(f"{stage}_step", collecting, of=step)
         if end is not None:
-            self._before(f"on_{stage}_epoch_start", collected.clear)
-            self._before(f"on_{stage}_epoch_end", functools.partial(self._end_evaluation, end, collected))
+            self._before(f"on_{stage}_epoch_start", collected.clear, of=end)
+            self._before(f"on_{stage}_epoch_end", functools.partial(self._end_evaluation, end, collected), of=end)
 
     def _end_evaluation(self, end: Hook, collected: dict[int, list[Any]]) -> None:
         outputs: list[Any] = [collected.get(index, []) for index in range(max(collected, default=0) + 1)]
