@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -379,13 +380,13 @@ def former_hooks(owner: Any, base: type, former: frozenset[str]) -> list[str]:
 def is_former(owner: Any, base: type, former: frozenset[str]) -> bool:
     """Whether an object is written for the API of 2020, as its names, parameters and the keys in its code tell.
 
-    It may be a guess, from a key "log" somewhere in a module: what `leyden.compat` then does looks at what is returned.
+    A key "log" of some dict may mean something else: `leyden.compat` looks at what is returned.
     """
     if former_hooks(owner, base, former):
         return True
     for name, method in _own_methods(type(owner), base):
         code = method.__code__
-        if former is FORMER_MODULE_HOOKS and not _FORMER_KEYS.isdisjoint(_strings(code)):
+        if former is FORMER_MODULE_HOOKS and not _FORMER_KEYS.isdisjoint(_dict_keys(code)):
             return True
         parameters = code.co_varnames[1 : code.co_argcount]
         if not _FORMER_PARAMETERS.isdisjoint(parameters) and hasattr(base, name):
@@ -397,15 +398,23 @@ def is_former(owner: Any, base: type, former: frozenset[str]) -> bool:
     return False
 
 
-def _strings(code: CodeType) -> Iterable[str]:
-    """Texts that the code has as constants, in nested functions and as the keys of dicts too."""
+def _dict_keys(code: CodeType) -> Iterable[str]:
+    """Texts that the code uses as keys of dicts that it makes or fills, in nested functions too."""
+    texts: list[str] = []
+    for instruction in dis.get_instructions(code):
+        name, value = instruction.opname, instruction.argval
+        if name == "LOAD_CONST" and isinstance(value, str | tuple):
+            texts += [value] if isinstance(value, str) else [each for each in value if isinstance(each, str)]
+        elif name == "KW_NAMES":
+            yield from code.co_consts[instruction.arg or 0]
+        elif name in ("BUILD_MAP", "BUILD_CONST_KEY_MAP", "MAP_ADD", "STORE_SUBSCR", "CALL_KW"):
+            yield from texts
+            texts = []
+        elif name in ("POP_TOP", "STORE_FAST", "COMPARE_OP", "CONTAINS_OP", "RETURN_VALUE"):
+            texts = []
     for constant in code.co_consts:
-        if isinstance(constant, str):
-            yield constant
-        elif isinstance(constant, tuple):
-            yield from (each for each in constant if isinstance(each, str))
-        elif isinstance(constant, CodeType):
-            yield from _strings(constant)
+        if isinstance(constant, CodeType):
+            yield from _dict_keys(constant)
 
 
 def check_names(owner: Any, base: type, former: frozenset[str] = frozenset()) -> None:

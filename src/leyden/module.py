@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from leyden.errors import LeydenError, StepError, warn
-from leyden.export import to_onnx, to_torchscript
 from leyden.hparams import AttributeDict, Hyperparameters, load_module
 from leyden.module_ranks import ModuleRanks
 from leyden.optimizers import LightningOptimizer, Toggle, clip_gradients
@@ -387,6 +386,8 @@ class LightningModule(ModuleRanks):
             input_sample: inputs of `forward`; default: `example_input_array`.
             **kwargs: passed on.
         """
+        from leyden.export import to_onnx  # of no use to most runs
+
         return to_onnx(self, file_path, input_sample, **kwargs)
 
     def to_torchscript(self, file_path: Any = None, method: str = "script", example_inputs: Any = None) -> Any:
@@ -397,6 +398,8 @@ class LightningModule(ModuleRanks):
             method: "script" or "trace".
             example_inputs: for "trace"; default: `example_input_array`.
         """
+        from leyden.export import to_torchscript
+
         return to_torchscript(self, file_path, method, example_inputs)
 
     # Where the module stands

@@ -295,7 +295,7 @@ def test_verbose_prints_on_the_ranks_asked_for(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("patience", -1), ("patience", 1.5), ("patience", True), ("mode", "auto"), ("min_delta", NAN), ("monitor", "")],
+    [("patience", -1), ("patience", 1.5), ("patience", True), ("mode", "low"), ("min_delta", NAN), ("monitor", "")],
 )
 def test_bad_arguments(argument: str, value: Any) -> None:
     with pytest.raises(ConfigurationError, match=f"{argument}="):

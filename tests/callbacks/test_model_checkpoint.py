@@ -43,7 +43,6 @@ def about(path: str) -> About:
 @pytest.fixture(scope="module", autouse=True)
 def small_files() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("leyden.callbacks.model_checkpoint.read_about", about)
         patch.setattr("leyden.callbacks.checkpoint_name.read_about", about)
         yield
 
@@ -822,9 +821,9 @@ def test_verbose_and_weights_only(folder: pathlib.Path) -> None:
 
 def bad_arguments() -> Iterator[tuple[dict[str, Any], str]]:
     yield {"monitor": ""}, "monitor=''"
-    yield {"mode": "auto"}, "mode='auto'.*'min'"
+    yield {"mode": "low"}, "mode='low'.*'min'"
     yield {"save_top_k": -2}, "save_top_k=-2"
-    yield {"save_top_k": True}, "save_top_k=True"
+    yield {"save_top_k": 1.5}, "save_top_k=1.5"
     yield {"save_top_k": 3}, "save_top_k=3.*monitor='step'"
     yield {"save_last": "yes"}, "save_last='yes'"
     yield {"every_n_train_steps": -1}, "every_n_train_steps=-1"

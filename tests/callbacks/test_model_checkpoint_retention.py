@@ -72,8 +72,8 @@ def disk() -> Iterator[None]:
         patch.setattr(f"{place}.remove", lambda path: DISK.do("remove", path, None))
         patch.setattr(f"{place}.copy_checkpoint", lambda source, path: DISK.do("copy", path, DISK.read(source)))
         patch.setattr(f"{place}.link_checkpoint", lambda source, path: DISK.do("link", path, source))
-        patch.setattr(f"{place}.read_about", lambda path: DISK.about(path))
         patch.setattr("leyden.callbacks.checkpoint_name.read_about", lambda path: DISK.about(path))
+        patch.setattr("leyden.callbacks.checkpoint_name.exists", lambda path: DISK.exists(path))
         yield
 
 

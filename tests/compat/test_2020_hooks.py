@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 import leyden as pl
 from leyden.errors import HookError, LeydenWarning
+from leyden.hooks import FORMER_MODULE_HOOKS, is_former
 from quiet import make_trainer
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:\[LEY-(former-name|no-val-loader)\]")
@@ -366,3 +368,32 @@ def test_explain_shows_where_the_hooks_of_then_are(tmp_path: Path) -> None:
         assert "test_2020_hooks.py" in line, line
     assert callback.calls == []
     assert "training_step" not in vars(model)
+
+
+def written(body: str) -> type[Base]:
+    names: dict[str, Any] = {}
+    indented = "".join(f"    {line}\n" for line in body.splitlines())
+    code = compile(f"def training_step(self, batch, batch_idx):\n{indented}", "written.py", "exec")
+    function = next(each for each in code.co_consts if hasattr(each, "co_code"))
+    names["training_step"] = FunctionType(function, globals(), "training_step")
+    return type("Written", (Base,), names)
+
+
+@pytest.mark.parametrize(
+    ("body", "former"),
+    [
+        ("return {'loss': 1, 'log': {}}", True),
+        ("return {'log': {}}", True),
+        ("return dict(loss=1, progress_bar={})", True),
+        ("out = {}\nout['log'] = {'a': 1}\nreturn out", True),
+        ("def inner():\n    return {'loss': 2, 'progress_bar': {}}\nreturn inner()", True),
+        ("return {'loss': 1 if batch else 2, 'log': {'a': batch_idx}}", True),
+        ("self.log('log', 1)\nreturn {'loss': 1}", False),
+        ("mode = 'log'\nreturn {'loss': mode}", False),
+        ("return {'loss': 1} if self.mode == 'log' else {'loss': 2}", False),
+        ("return {'loss': 1, 'logits': 2}", False),
+        ("return self.net(batch, 'progress_bar')", False),
+    ],
+)
+def test_the_keys_of_then_are_found_in_the_code_of_a_module(body: str, former: bool) -> None:
+    assert is_former(written(body)(), pl.LightningModule, FORMER_MODULE_HOOKS) is former

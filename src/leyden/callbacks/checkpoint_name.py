@@ -13,11 +13,17 @@ from torch import Tensor
 
 from leyden.checkpoint.format import read_about
 from leyden.checkpoint.remote import is_remote, local_path
+from leyden.checkpoint.store import exists
 from leyden.errors import CheckpointError, ConfigurationError, MetricError, did_you_mean, reject
 
 DEFAULT_FILENAME = "{epoch}-{step}"
 Field = tuple[str, str | None, str]
 """A piece of a template: the text before a field, the field's key or None, its format."""
+
+
+def is_former(unknown: Mapping[str, Any], mode: object, save_top_k: object) -> bool:
+    """Whether arguments are those of former days: names that are not known today, ``mode="auto"``, ``save_top_k=True``."""
+    return bool(unknown) or mode == "auto" or isinstance(save_top_k, bool)
 
 
 def check_policy(monitor: object, mode: object, save_top_k: object, save_last: object) -> None:
@@ -154,10 +160,37 @@ def step_in(path: str) -> int | None:
         return None
 
 
+def is_anothers(path: str, run_id: str | None, start_step: int, step: int) -> bool:
+    """Whether a file is not one that this training wrote itself, was killed after, and comes to again.
+
+    Args:
+        path: of the file.
+        run_id: of this training.
+        start_step: where it began, or went on.
+        step: where it is.
+    """
+    try:
+        about = read_about(path)
+    except CheckpointError:
+        return exists(path)
+    if about.run_id is None or about.run_id != run_id:
+        return True
+    return about.global_step <= start_step and about.global_step != step
+
+
 def missing(who: str, key: str, metrics: Mapping[str, Any]) -> str:
     """What to say of a key that was not logged."""
     known = ", ".join(sorted(metrics)) or "none"
     return f"{who} {key!r}, which was not logged.{did_you_mean(key, metrics)} Known: {known}."
+
+
+def none_saved(monitor: str | None, step: int, epoch: int) -> str:
+    """What to say where training has ended before the first validation, after which it would have been saved."""
+    return (
+        f"ModelCheckpoint(monitor={monitor!r}) has saved nothing: it saves after validations, and training ended at "
+        f"step {step}, in epoch {epoch}, before there was one. save_last=True keeps the "
+        "state at the end; every_n_train_steps or the Trainer's val_check_interval give saves within an epoch."
+    )
 
 
 def _accepts(spec: str, value: float) -> bool:

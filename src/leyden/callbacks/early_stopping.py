@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from leyden.module import LightningModule
     from leyden.trainer import Trainer
 
+MODES: tuple[str, ...] = ("min", "max")
+
 
 class EarlyStopping(Callback):
     """Ask the trainer to stop when ``monitor`` has not improved for ``patience`` checks.
@@ -29,7 +31,7 @@ class EarlyStopping(Callback):
     ``wait_count``, and ``patience`` of these in a row stop training.
 
     Args:
-        monitor: key of the metric, as given to ``self.log``.
+        monitor: key of the metric, as given to ``self.log``; needed, unless the arguments are those of former days.
         min_delta: smallest change that counts as an improvement, in the metric's unit. A negative one
             lets slightly worse values count.
         patience: number of checks in a row without improvement after which training stops; with 0, as with 1, the
@@ -43,6 +45,7 @@ class EarlyStopping(Callback):
         check_on_train_epoch_end: True: only at the end of training epochs; False: only after validation; None: as
             described above.
         log_rank_zero_only: with ``verbose``, print on the first process only.
+        **former: refused; a ``monitor`` left out and ``mode="auto"`` are what former days had, and are told of.
 
     Attributes:
         wait_count: checks in a row without improvement.
@@ -61,7 +64,7 @@ class EarlyStopping(Callback):
 
     def __init__(
         self,
-        monitor: str,
+        monitor: str | None = None,
         min_delta: float = 0.0,
         patience: int = 3,
         verbose: bool = False,
@@ -72,10 +75,15 @@ class EarlyStopping(Callback):
         divergence_threshold: float | None = None,
         check_on_train_epoch_end: bool | None = None,
         log_rank_zero_only: bool = False,
+        **former: Any,
     ) -> None:
+        if monitor is None or mode not in MODES or former:
+            from leyden.compat.former_callbacks import stopping_arguments
+
+            monitor, mode = stopping_arguments(type(self), former, monitor, mode)
         if not isinstance(monitor, str) or not monitor:
             reject("monitor", monitor, "the key of a metric, as given to self.log")
-        if mode not in ("min", "max"):
+        if mode not in MODES:
             reject("mode", mode, "'min' (lower is better) or 'max' (higher is better)")
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 0:
             reject("patience", patience, "an integer >= 0, the number of checks without improvement")
@@ -92,7 +100,6 @@ class EarlyStopping(Callback):
         self.divergence_threshold = divergence_threshold
         self.check_on_train_epoch_end = check_on_train_epoch_end
         self.log_rank_zero_only = log_rank_zero_only
-        self._sign = 1.0 if mode == "max" else -1.0
         self._counts = True  # False while the verb is not fit
         self.start_anew()
 
@@ -229,6 +236,10 @@ class EarlyStopping(Callback):
             return self.wait_count >= self.patience
         name = "check_finite" if reason == "non_finite_metric" else reason
         return bool(self._limits_before.get(name) == getattr(self, name))
+
+    @property
+    def _sign(self) -> float:
+        return 1.0 if self.mode == "max" else -1.0
 
     def _better(self, first: float, second: float) -> bool:
         return self._sign * first > self._sign * second  # False when either is NaN

@@ -21,15 +21,17 @@ from leyden.callbacks.checkpoint_name import (
     check_triggers,
     fill_template,
     folder_path,
+    is_anothers,
+    is_former,
     keys_of,
     lies_in,
     missing,
+    none_saved,
     step_in,
 )
-from leyden.checkpoint.format import read_about
 from leyden.checkpoint.retention import Books, Mode, Saved, is_kept, ranked, to_delete
 from leyden.checkpoint.store import copy_checkpoint, exists, join, link_checkpoint, remove
-from leyden.errors import CheckpointError, MetricError, warn
+from leyden.errors import MetricError, warn
 
 if TYPE_CHECKING:
     from leyden.module import LightningModule
@@ -82,6 +84,7 @@ class ModelCheckpoint(Callback):
             validation. Without validation it is always the former.
         enable_version_counter: a name that is taken gets ``-v1``, ``-v2``, …; otherwise it is overwritten.
         background: False waits for each file to be on the disk.
+        **former: arguments of former days, which are translated and told of; others are refused.
 
     Raises:
         ConfigurationError: an argument is out of range, or triggers contradict each other.
@@ -110,7 +113,15 @@ class ModelCheckpoint(Callback):
         save_on_train_epoch_end: bool | None = None,
         enable_version_counter: bool = True,
         background: bool = True,
+        **former: Any,
     ) -> None:
+        if is_former(former, mode, save_top_k):
+            from leyden.compat.former_callbacks import CheckpointArguments, checkpoint_arguments
+
+            given = CheckpointArguments(dirpath, filename, monitor, mode, save_top_k, every_n_epochs)
+            now = checkpoint_arguments(type(self), former, given)
+            dirpath, filename, monitor, mode = now.dirpath, now.filename, now.monitor, now.mode
+            save_top_k, every_n_epochs = now.save_top_k, now.every_n_epochs
         check_policy(monitor, mode, save_top_k, save_last)
         check_triggers(every_n_train_steps, train_time_interval, every_n_epochs, save_on_train_epoch_end)
         no_trigger = every_n_train_steps is None and train_time_interval is None and every_n_epochs is None
@@ -284,12 +295,7 @@ class ModelCheckpoint(Callback):
         nothing = not self._books.held and self.save_top_k != 0
         trained = trainer.global_step != self._start_step and not trainer.fast_dev_run
         if nothing and trained and after_validation and not self._validated:
-            warn(
-                "checkpoint-none-saved",
-                f"ModelCheckpoint(monitor={self.monitor!r}) has saved nothing: it saves after validations, and training ended at "
-                f"step {trainer.global_step}, in epoch {trainer.current_epoch}, before there was one. save_last=True keeps the "
-                "state at the end; every_n_train_steps or the Trainer's val_check_interval give saves within an epoch.",
-            )
+            warn("checkpoint-none-saved", none_saved(self.monitor, trainer.global_step, trainer.current_epoch))
 
     def format_checkpoint_name(
         self, metrics: Mapping[str, Any], filename: str | None = None, ver: int | None = None
@@ -460,13 +466,7 @@ class ModelCheckpoint(Callback):
             return True
         if path in self._books.displaced or not exists(path):  # what is deleted in the background counts as gone
             return False
-        try:
-            about = read_about(path)
-        except CheckpointError:
-            return exists(path)
-        if about.run_id is None or about.run_id != trainer.run_id:
-            return True  # else this training was killed after it wrote the file, and comes to it again
-        return about.global_step <= self._start_step and about.global_step != trainer.global_step
+        return is_anothers(path, trainer.run_id, self._start_step, trainer.global_step)
 
     def _held(self, trainer: Trainer) -> set[str]:
         """Every path that a ModelCheckpoint of this Trainer keeps."""

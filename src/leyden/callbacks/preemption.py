@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from leyden.callbacks.callback import Callback
 from leyden.checkpoint.store import join
 from leyden.data.worker import PREEMPTION_SIGNALS
-from leyden.errors import CheckpointError, did_you_mean, reject, warn
+from leyden.errors import CheckpointError, SIGTERMException, did_you_mean, reject, warn
 
 if TYPE_CHECKING:
     from leyden.module import LightningModule
@@ -32,9 +32,9 @@ class Preemption(Callback):
     The state is saved at the next step boundary, whole: the restarted script goes on from it with
     ``fit(..., ckpt_path="last")`` as if nothing had happened. A validation, or a step of many accumulated batches, is finished
     first, so let the scheduler warn that long ahead. Then hooks, loggers and datamodule are torn down as ever, without a
-    traceback: ``on_exception`` sees a `SystemExit`, loggers are finalized as ``"interrupted"``. The exit code is 143 for every
-    signal. A signal before the first step ends the run at once; there is nothing to save. A second signal ends the process at
-    once, by its default action. No file is damaged by that.
+    traceback: ``on_exception`` sees a `SIGTERMException`, which is a `SystemExit`; loggers are finalized as ``"interrupted"``.
+    The exit code is 143 for every signal. A signal before the first step ends the run at once; there is nothing to save. A
+    second signal ends the process at once, by its default action. No file is damaged by that.
 
     The file lies beside those of the first `ModelCheckpoint`: ``last.ckpt`` if that one has ``save_last``, else
     ``preempted.ckpt``, which the next preemption overwrites and nobody deletes. Without a `ModelCheckpoint` nothing is saved.
@@ -56,6 +56,9 @@ class Preemption(Callback):
             checkpoint or the very beginning is there to go on from.
         save: False ends without saving.
 
+    Attributes:
+        received: whether a signal has come during the present or the last `fit`.
+
     Raises:
         ConfigurationError: an argument is not one of the above.
     """
@@ -76,6 +79,7 @@ class Preemption(Callback):
             reject("save", save, "True or False")
         self.requeue = requeue
         self.save = save
+        self.received = False
         self._forget()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -83,6 +87,7 @@ class Preemption(Callback):
         if stage != "fit" or os.name != "posix" or threading.current_thread() is not threading.main_thread():
             return
         self._forget()
+        self.received = False
         self._trainer = trainer
         self._ask = trainer.shared_request(self._reach_boundary)
         self._pid = os.getpid()
@@ -107,7 +112,7 @@ class Preemption(Callback):
             self._restore()
             self._forget()
         if late:
-            raise SystemExit(EXIT_CODE)
+            raise SIGTERMException(EXIT_CODE)
 
     def _forget(self) -> None:
         self._watched: list[signal.Signals] = []
@@ -141,7 +146,7 @@ class Preemption(Callback):
             return
         if trainer.strategy.has_failed:
             return  # a launcher's, who ends what another rank's failure has left
-        self._received = signal.Signals(number).name
+        self._received, self.received = signal.Signals(number).name, True
         begun = _has_begun(trainer)
         what = "the run ends at the next step boundary" if begun else "the run ends before its first step"
         with contextlib.suppress(OSError):  # print could be in the middle of printing
@@ -153,7 +158,7 @@ class Preemption(Callback):
     def _reach_boundary(self) -> None:
         """Queue behind what others asked for: a save that is due at this boundary is part of the state."""
         assert self._trainer is not None
-        self._received = self._received or "a signal to another rank"
+        self._received, self.received = self._received or "a signal to another rank", True
         self._trainer.at_step_boundary(self._leave)
 
     def _leave(self) -> None:
@@ -164,7 +169,7 @@ class Preemption(Callback):
             if path is not None:
                 _save(trainer, path)
             self._saved_in = path
-        self._exit = SystemExit(EXIT_CODE)
+        self._exit = SIGTERMException(EXIT_CODE)
         raise self._exit
 
     def _conclude(self, trainer: Trainer) -> None:
@@ -248,7 +253,7 @@ def _checked(signals: str | Sequence[str]) -> tuple[str, ...]:
 
 def _has_begun(trainer: Trainer) -> bool:
     """Whether there is something of this run to be lost: training has begun, and may be over."""
-    return trainer.training or trainer.validating
+    return trainer.state.begun
 
 
 def _path_beside_checkpoints(trainer: Trainer) -> str | None:

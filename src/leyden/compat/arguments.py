@@ -152,8 +152,8 @@ def _former_values(made: Translation) -> None:
 
 def _overfit_pct(made: Translation, value: Any) -> None:
     """So much of each kind of data, whatever the others say; the order stays as it is, unlike with ``overfit_batches``."""
-    part = _part("overfit_pct", value)
     spelt = f"overfit_pct={value!r}"
+    part = 0.0 if value is None else _part("overfit_pct", value)
     if not part:
         made.say(spelt, "leave it out")
         return
@@ -163,7 +163,7 @@ def _overfit_pct(made: Translation, value: Any) -> None:
             made.say(f"{name}={other!r}", f"leave it out: {spelt} decides")
     for name, limit in limits.items():
         made.set(name, limit, spelt)
-    made.say(spelt, f"{fill(**limits)}, or overfit_batches={part}, which also validates on the training data, in order")
+    made.say(spelt, f"{fill(**limits)}, or overfit_batches={part}, which takes batches in order, and all for test")
 
 
 def _percent_check(kind: str) -> Callable[[Translation, Any], None]:

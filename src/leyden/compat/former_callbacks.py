@@ -47,15 +47,14 @@ def checkpoint_arguments(kind: type, former: dict[str, Any], given: CheckpointAr
         ConfigurationError: for a name that never was one, and where two contradict each other.
     """
     _check_names(kind, former, ("filepath", "prefix", "period", "every_n_val_epochs"))
-    spelt = {name: value for name, value in former.items() if value is not None}
-    before = dict(vars(given))
+    spelt, before = dict(former), dict(vars(given))
     if spelt.get("filepath") is not None:
         _refuse_both("filepath", spelt, {"dirpath": given.dirpath, "filename": given.filename})
         given.dirpath, given.filename = _split(spelt["filepath"])
     if spelt.get("prefix"):
         given.filename = f"{spelt['prefix']}{given.filename or _TEMPLATE}"
     for name in ("period", "every_n_val_epochs"):
-        if name in spelt:
+        if spelt.get(name) is not None:
             every = max(1, spelt[name]) if type(spelt[name]) is int else reject(name, spelt[name], "a number of epochs")
             _refuse_both(name, spelt, {"every_n_epochs": given.every_n_epochs})
             given.every_n_epochs = every
@@ -65,10 +64,11 @@ def checkpoint_arguments(kind: type, former: dict[str, Any], given: CheckpointAr
         given.monitor = "val_loss"
     if given.mode == "auto":
         spelt["mode"], given.mode = "auto", auto_mode(given.monitor or "val_loss")
-    elif "filepath" in spelt and given.monitor is not None and given.mode == "min":
+    elif "filepath" in former and given.monitor is not None and given.mode == "min":
         given.mode = auto_mode(given.monitor)  # the default of then
     changed = {name: value for name, value in vars(given).items() if value != before[name]}
-    _tell(kind.__name__, spelt, changed)
+    by_default = ", and monitor='val_loss' for what was the default" if former and given.monitor is None else ""
+    _tell(kind.__name__, spelt, changed, by_default)
     return given
 
 
@@ -130,9 +130,9 @@ def _check_names(kind: type, former: dict[str, Any], known: tuple[str, ...]) -> 
             raise ConfigurationError(f"{kind.__name__} has no argument {name!r}.{did_you_mean(name, [*own, *known])}")
 
 
-def _tell(kind: str, spelt: dict[str, Any], today: dict[str, Any]) -> None:
+def _tell(kind: str, spelt: dict[str, Any], today: dict[str, Any], more: str = "") -> None:
     written = {name: value for name, value in today.items() if value is not None}
-    tell(_call(kind, spelt), _call(kind, written), stacklevel=5)  # where the callback was made
+    tell(_call(kind, spelt), _call(kind, written) + more, stacklevel=5)  # where the callback was made
 
 
 def _call(kind: str, arguments: dict[str, Any]) -> str:

@@ -118,7 +118,7 @@ def _tpu_cores(made: Translation) -> bool:
     found = False
     for name in ("num_tpu_cores", "tpu_cores"):
         value = made.take(name)
-        if value is None:
+        if not value:
             continue
         cores = value
         if isinstance(cores, str) and cores.strip().isdigit():
