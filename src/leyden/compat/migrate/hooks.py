@@ -1,0 +1,372 @@
+"""Methods of modules and callbacks: which only have another name or other arguments today, and which need a hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import libcst as cst
+from libcst import matchers
+
+from leyden.compat.migrate.facts import Facts, code, dotted, is_method_of_super
+from leyden.compat.migrate.notes import Notes
+
+BATCH = ("batch", "batch_idx")
+_PER_LOADER = {f"on_{stage}_batch_{when}" for stage in ("validation", "test", "predict") for when in ("start", "end")}
+OUTPUTS = ("outputs", *BATCH)
+
+
+@dataclass(frozen=True)
+class Former:
+    """A hook as it was, without ``self``, ``trainer`` and ``pl_module``.
+
+    Attributes:
+        arguments: as they were.
+        today: its name.
+        today_arguments: as they are.
+    """
+
+    arguments: tuple[str, ...]
+    today: str
+    today_arguments: tuple[str, ...] = ()
+
+
+_BOTH: dict[str, Former] = {
+    "on_epoch_start": Former((), "on_train_epoch_start"),
+    "on_epoch_end": Former((), "on_train_epoch_end"),
+    "on_train_epoch_end": Former(("outputs",), "on_train_epoch_end"),
+    "on_train_batch_start": Former((*BATCH, "dataloader_idx"), "on_train_batch_start", BATCH),
+    "on_train_batch_end": Former((*OUTPUTS, "dataloader_idx"), "on_train_batch_end", OUTPUTS),
+    "on_batch_end": Former((), "on_train_batch_end", OUTPUTS),
+    "on_before_optimizer_step": Former(("optimizer", "optimizer_idx"), "on_before_optimizer_step", ("optimizer",)),
+    "on_predict_epoch_end": Former(("results",), "on_predict_epoch_end"),
+}
+_CLIPPING = ("gradient_clip_val", "gradient_clip_algorithm")
+FORMER: dict[str, dict[str, Former]] = {
+    "module": {
+        **_BOTH,
+        "on_batch_start": Former(("batch",), "on_train_batch_start", BATCH),
+        "tng_dataloader": Former((), "train_dataloader"),
+        "on_pre_performance_check": Former((), "on_validation_start"),
+        "on_post_performance_check": Former((), "on_validation_end"),
+        "training_epoch_end": Former(("outputs",), "on_train_epoch_end"),
+        "validation_epoch_end": Former(("outputs",), "on_validation_epoch_end"),
+        "test_epoch_end": Former(("outputs",), "on_test_epoch_end"),
+        "lr_scheduler_step": Former(
+            ("scheduler", "optimizer_idx", "metric"), "lr_scheduler_step", ("scheduler", "metric")
+        ),
+        "optimizer_zero_grad": Former(
+            ("epoch", "batch_idx", "optimizer", "optimizer_idx"),
+            "optimizer_zero_grad",
+            ("epoch", "batch_idx", "optimizer"),
+        ),
+        "configure_gradient_clipping": Former(
+            ("optimizer", "optimizer_idx", *_CLIPPING), "configure_gradient_clipping", ("optimizer", *_CLIPPING)
+        ),
+        "transfer_batch_to_device": Former(
+            ("batch", "device"), "transfer_batch_to_device", ("batch", "device", "dataloader_idx")
+        ),
+    },
+    "callback": {**_BOTH, "on_batch_start": Former((), "on_train_batch_start", BATCH)},
+    "data": {
+        "tng_dataloader": Former((), "train_dataloader"),
+        "transfer_batch_to_device": Former(
+            ("batch", "device"), "transfer_batch_to_device", ("batch", "device", "dataloader_idx")
+        ),
+    },
+}
+"""Hooks whose name or arguments changed; they are rewritten where the arguments that fell away are not used."""
+
+
+def _collect(stage: str, step: str) -> tuple[str, str]:
+    return (
+        "the outputs of the steps are not collected any more.",
+        f"self.outputs = [] in on_{stage}_epoch_start, self.outputs.append(result) in {step}, and\n"
+        f"def on_{stage}_epoch_end(self):\n    outputs = self.outputs\n    …  # self.log(name, value), and nothing is returned",
+    )
+
+
+_WITHIN_STEP = ("batches are not divided within a process any more.", "its lines at the end of the step")
+_MANUAL = (
+    "several optimizers are stepped by hand.",
+    "self.automatic_optimization = False in __init__, and\ndef training_step(self, batch, batch_idx):\n"
+    "    first, second = self.optimizers()\n    loss = …  # what optimizer_idx == 0 computed\n"
+    "    first.zero_grad()\n    self.manual_backward(loss)\n    first.step()\n    …  # the same for the second one",
+)
+PIECES = (
+    "a batch is not cut along time any more.",
+    "self.automatic_optimization = False, and in training_step for each piece: loss, zero_grad(), self.manual_backward(loss), "
+    "step(), hiddens = hiddens.detach(); leyden still takes the former way",
+)
+_BAR = ("the progress bar is asked.", "a subclass of leyden.callbacks.RichProgressBar")
+_STRATEGY = ("this belongs to the strategy.", 'Trainer(strategy=…), such as leyden.strategies.DDPStrategy(…) or "ddp"')
+_NEEDS_A_HAND: dict[str, tuple[str, str]] = {
+    "training_epoch_end": _collect("train", "training_step"),
+    "training_end": _WITHIN_STEP,
+    "validation_epoch_end": _collect("validation", "validation_step"),
+    "validation_end": _collect("validation", "validation_step"),
+    "test_epoch_end": _collect("test", "test_step"),
+    "test_end": _collect("test", "test_step"),
+    **dict.fromkeys(("training_step_end", "validation_step_end", "test_step_end"), _WITHIN_STEP),
+    "configure_apex": ("torch's own mixed precision is used.", 'Trainer(precision="16-mixed") and nothing here'),
+    **dict.fromkeys(("configure_ddp", "init_ddp_connection", "configure_sync_batchnorm"), _STRATEGY),
+    **dict.fromkeys(("get_progress_bar_dict", "get_tqdm_dict"), _BAR),
+    "on_hpc_save": ("there is one kind of checkpoint.", "on_save_checkpoint(self, checkpoint)"),
+    "on_hpc_load": ("there is one kind of checkpoint.", "on_load_checkpoint(self, checkpoint)"),
+    "tbptt_split_batch": PIECES,
+}
+_NEEDS_A_HAND_IN_CALLBACKS: dict[str, tuple[str, str]] = {
+    "on_init_start": ("a Trainer calls nothing while it is made.", "setup(self, trainer, pl_module, stage)"),
+    "on_init_end": ("a Trainer calls nothing while it is made.", "setup(self, trainer, pl_module, stage)"),
+    "on_keyboard_interrupt": (
+        "there is one hook for whatever ends a run early.",
+        "on_exception(self, trainer, pl_module, exception), and isinstance(exception, KeyboardInterrupt)",
+    ),
+    "on_configure_sharded_model": ("the module does that.", "configure_model(self) in the module"),
+}
+STEPS = frozenset(
+    f"{stage}{end}"
+    for stage in ("training", "validation", "test")
+    for end in ("_step", "_end", "_epoch_end", "_step_end")
+)
+
+
+@dataclass
+class Change:
+    """What becomes of one method: its name, its parameters behind ``self`` if they change, a default for the last one."""
+
+    name: str
+    parameters: tuple[str, ...] | None = None
+    default: str | None = None
+
+
+def plan_class(node: cst.ClassDef, kind: str, facts: Facts, notes: Notes) -> dict[str, Change]:
+    """Decide what becomes of the hooks of a class, by their former names, and note what needs a hand."""
+    functions = list(methods(node))
+    names = {each.name.value for each in functions}
+    changes: dict[str, Change] = {}
+    for function in functions:
+        name = function.name.value
+        former = FORMER[kind].get(name)
+        change = _change(function, former, kind) if former is not None else _with_default(function)
+        if change is not None and (change.name == name or change.name not in names):
+            changes[name] = change
+            continue
+        found = _by_hand(function, kind) or _left(function, former, kind)
+        if found is not None:
+            notes.add(facts.line(function.name), signature(function), *found)
+        if kind == "module" and name in STEPS:
+            note_results(function, facts, notes)
+    return changes
+
+
+def methods(node: cst.ClassDef) -> Iterator[cst.FunctionDef]:
+    """The functions of a class's body."""
+    for statement in node.body.body:
+        if isinstance(statement, cst.FunctionDef):
+            yield statement
+
+
+def signature(function: cst.FunctionDef) -> str:
+    """``name(a, b)`` without ``self``."""
+    given = [each.name.value for each in function.params.params]
+    return f"{function.name.value}({', '.join(given[1:])})"
+
+
+def _given(function: cst.FunctionDef, kind: str) -> list[str] | None:
+    """The positional parameters behind ``self``, or behind ``trainer, pl_module``; None if there are others, or not so many."""
+    parameters = function.params
+    if isinstance(parameters.star_arg, cst.Param) or parameters.star_kwarg or parameters.kwonly_params:
+        return None
+    if parameters.posonly_params:
+        return None
+    first = 3 if kind == "callback" else 1
+    return [each.name.value for each in parameters.params][first:] if len(parameters.params) >= first else None
+
+
+def _change(function: cst.FunctionDef, former: Former, kind: str) -> Change | None:
+    """How the parameters become today's; None if nothing can be or need be done."""
+    given = _given(function, kind)
+    if given is None:
+        return None
+    name, today = function.name.value, former.today
+    if name.endswith("_epoch_end") and name != today and returns_something(function):
+        return None
+    if len(given) != len(former.arguments) or any(
+        each.default for each in function.params.params[-len(given) :] if given
+    ):
+        return Change(today) if name != today and given == list(former.today_arguments) else None
+    if former.arguments == former.today_arguments:
+        return Change(today)
+    users = dict(zip(former.arguments, given, strict=True))
+    used = names_in(function.body)
+    gone = {users[each] for each in former.arguments if each not in former.today_arguments}
+    come = {each for each in former.today_arguments if each not in users}
+    if (gone | come) & used:
+        return None
+    front = [each.name.value for each in function.params.params][1 : 3 if kind == "callback" else 1]
+    return Change(today, (*front, *(users.get(each, each) for each in former.today_arguments)))
+
+
+def _with_default(function: cst.FunctionDef) -> Change | None:
+    """``dataloader_idx`` was always given to these hooks; today only where there are several loaders."""
+    given = function.params.params
+    if (
+        given
+        and function.name.value in _PER_LOADER
+        and given[-1].name.value == "dataloader_idx"
+        and given[-1].default is None
+    ):
+        return Change(function.name.value, None, "0")
+    return None
+
+
+def _left(function: cst.FunctionDef, former: Former | None, kind: str) -> tuple[str, str] | None:
+    """What is said of a hook that changed and cannot be rewritten by itself."""
+    if former is None:
+        return None
+    if former.today == function.name.value:  # the name is right; are the arguments former ones?
+        given = _given(function, kind)
+        if given is None or len(given) != len(former.arguments) or any(each.default for each in function.params.params):
+            return None
+    front = ["self", "trainer", "pl_module"] if kind == "callback" else ["self"]
+    return "its name or arguments changed.", f"def {former.today}({', '.join([*front, *former.today_arguments])})"
+
+
+def _by_hand(function: cst.FunctionDef, kind: str) -> tuple[str, str] | None:
+    name = function.name.value
+    given = [each.name.value for each in function.params.params][1:]
+    if kind == "callback":
+        if name == "on_load_checkpoint" and given[-1:] == ["callback_state"]:
+            return "a callback's state has hooks of its own.", "state_dict(self) and load_state_dict(self, state)"
+        return _NEEDS_A_HAND_IN_CALLBACKS.get(name)
+    if kind != "module":
+        return None
+    if name == "training_step" and {"optimizer_idx", "optimizer_i"} & set(given):
+        return _MANUAL
+    if name == "training_step" and "hiddens" in given:
+        return PIECES
+    if name == "backward" and len(given) > 1:
+        return "it is given the loss alone.", "def backward(self, loss)"
+    if name == "optimizer_step" and ("optimizer_idx" in given or len(given) > 4):
+        return (
+            "it is given other arguments.",
+            "def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure), which calls "
+            "optimizer.step(closure=optimizer_closure)",
+        )
+    return _NEEDS_A_HAND.get(name)
+
+
+class _Names(cst.CSTVisitor):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.returns = False
+
+    def visit_Name(self, node: cst.Name) -> None:  # noqa: N802 (libcst's names)
+        self.found.add(node.value)
+
+    def visit_Attribute(self, node: cst.Attribute) -> bool:  # noqa: N802
+        node.value.visit(self)
+        return False
+
+    def visit_Arg(self, node: cst.Arg) -> bool:  # noqa: N802
+        node.value.visit(self)
+        return False
+
+    def visit_Return(self, node: cst.Return) -> None:  # noqa: N802
+        if node.value is not None and code(node.value) != "None":
+            self.returns = True
+
+
+def names_in(node: cst.CSTNode) -> set[str]:
+    """Every name that is written in a node, without the names of attributes and arguments."""
+    visitor = _Names()
+    node.visit(visitor)
+    return visitor.found
+
+
+def returns_something(function: cst.FunctionDef) -> bool:
+    """Whether a function returns more than None."""
+    visitor = _Names()
+    function.body.visit(visitor)
+    return visitor.returns
+
+
+class _Results(cst.CSTVisitor):
+    """Finds dicts with ``log`` or ``progress_bar``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[cst.CSTNode] = []
+
+    def visit_DictElement(self, node: cst.DictElement) -> None:  # noqa: N802
+        if code(node.key).strip("'\"") in ("log", "progress_bar"):
+            self.found.append(node)
+
+    def visit_AssignTarget(self, node: cst.AssignTarget) -> None:  # noqa: N802
+        if isinstance(node.target, cst.Subscript) and code(node.target).endswith(
+            ("['log']", '["log"]', "bar']", 'bar"]')
+        ):
+            self.found.append(node)
+
+
+def note_results(function: cst.FunctionDef, facts: Facts, notes: Notes) -> None:
+    """Note results of 2020: dicts that name what is logged."""
+    visitor = _Results()
+    function.body.visit(visitor)
+    if visitor.found:
+        notes.add(
+            facts.line(visitor.found[0]),
+            f"{function.name.value} returns a dict with log or progress_bar",
+            "values are logged where they are computed.",
+            "self.log(name, value), with prog_bar=True for the progress bar, and return the loss",
+        )
+
+
+def changed(function: cst.FunctionDef, change: Change) -> cst.FunctionDef:
+    """Give a method its name and parameters of today."""
+    new = function.with_changes(name=function.name.with_changes(value=change.name))
+    if change.default is not None:
+        *others, last = function.params.params
+        equal = cst.AssignEqual() if last.annotation is not None else cst.AssignEqual(*[cst.SimpleWhitespace("")] * 2)
+        last = last.with_changes(default=cst.parse_expression(change.default), equal=equal)
+        return new.with_changes(params=function.params.with_changes(params=[*others, last]))
+    if change.parameters is None:
+        return new
+    before = function.params.params
+    kept = {each.name.value: each for each in before[1:]}
+    comma = next((each.comma for each in before if isinstance(each.comma, cst.Comma)), None)
+    comma = comma or cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
+    parameters = [before[0], *(kept.get(each, cst.Param(cst.Name(each))) for each in change.parameters)]
+    parameters = [each.with_changes(comma=comma) for each in parameters[:-1]] + [
+        parameters[-1].with_changes(comma=before[-1].comma)
+    ]
+    return new.with_changes(params=function.params.with_changes(params=parameters))
+
+
+def changed_super(call: cst.Call, change: Change) -> cst.Call:
+    """A call of the same hook of ``super()``, with the arguments of today."""
+    assert is_method_of_super(call.func)
+    if change.parameters is None:
+        return call
+    apart = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
+    given = [cst.Arg(cst.Name(each), comma=apart) for each in change.parameters]
+    given[-1:] = [each.with_changes(comma=cst.MaybeSentinel.DEFAULT) for each in given[-1:]]
+    return call.with_changes(args=given, whitespace_before_args=cst.SimpleWhitespace(""))
+
+
+def saved_hparams(node: cst.Assign, function: cst.FunctionDef | None, facts: Facts) -> str | None:
+    """The argument of ``__init__`` in ``self.hparams = argument``; None for another target.
+
+    Empty for another expression, and before ``super().__init__()``, where `save_hyperparameters` cannot be called.
+    """
+    if len(node.targets) != 1 or dotted(node.targets[0].target) != "self.hparams":
+        return None
+    given = {each.name.value for each in function.params.params[1:]} if function is not None else set()
+    if function is None or function.name.value != "__init__" or not isinstance(node.value, cst.Name):
+        return ""
+    made = matchers.findall(function, matchers.Call(func=matchers.Attribute(attr=matchers.Name("__init__"))))
+    if made and all(facts.line(node) < facts.line(each) for each in made):
+        return ""
+    return node.value.value if node.value.value in given else ""
