@@ -38,6 +38,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "loggers",
         "profilers",
         "agreement",
+        "accelerators",
+        "gradients",
+        "rank_zero",
         # The file format stands alone: modules and callbacks read files with it. What a run is made of is in state.
         "checkpoint.container",
         "checkpoint.plain",
@@ -58,7 +61,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("assemble",),
     ("loop",),
     ("trainer",),
-    ("cli", "compat", "tuner", "utilities", "strategies", "plugins", "demos"),
+    ("cli", "compat", "tuner", "utilities", "strategies", "plugins", "demos", "core", "__main__"),
 )
 # Where the engine reaches `leyden.compat`, in functions, for what was written for others; docs/architecture.md says what for.
 SEAMS = {
@@ -66,6 +69,8 @@ SEAMS = {
     "trainer.requests",
     "assemble",
     "module",
+    "hparams",
+    "callbacks",
     "callbacks.model_checkpoint",
     "callbacks.early_stopping",
     "checkpoint.format",
@@ -80,7 +85,9 @@ MAX_FUNCTION_LINES = 60  # from def to the last line, the docstring not counted
 
 FORBIDDEN_MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "shelve", "marshal", "subprocess", "pty"}
 # `scontrol requeue` puts a preempted SLURM job back into the queue; there is no other way to ask for it.
-MAY_IMPORT = {"callbacks.preemption": {"subprocess"}}
+# Files of torch.save are read with a table of inert names, and written of plain data.
+MAY_IMPORT = {"callbacks.preemption": {"subprocess"}, "compat.pickles": {"pickle"}}
+MAY_CALL = {"compat.pickles": {"calls torch.save"}}
 FORBIDDEN_BUILTINS = {"eval", "exec"}
 FORBIDDEN_CALLS = {"os.system", "os.popen", "torch.load", "torch.save", "numpy.load", "joblib.load"}
 
@@ -212,7 +219,11 @@ def test_dependencies_point_one_way() -> None:
 def test_no_import_cycles() -> None:
     modules = sources()
     graph = {
-        name: {target for target, _ in imported_modules(name, tree, modules) if target and target != name}
+        name: {
+            target
+            for target, _ in imported_modules(name, tree, modules)
+            if target and target != name and not (name in SEAMS and target.startswith("compat."))
+        }
         for name, tree in modules.items()
         if name
     }
@@ -262,6 +273,7 @@ def test_nothing_dangerous_is_called() -> None:
         f"leyden.{name}:{line} {what}"
         for name, tree in sources().items()
         for line, what in dangers(tree, MAY_IMPORT.get(name, ()))
+        if what not in MAY_CALL.get(name, ())
     ]
     assert not found, "\n" + "\n".join(found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -13,14 +14,21 @@ from leyden.errors import LeydenError, LeydenWarning, call_each, did_you_mean, r
 # each exception with what people may catch it as
 TREE: dict[str, tuple[type[BaseException], ...]] = {
     "LeydenError": (Exception,),
-    "ConfigurationError": (LeydenError, ValueError),
+    "MisconfigurationException": (LeydenError,),
+    "ConfigurationError": (errors.MisconfigurationException, ValueError),
     "HookError": (errors.ConfigurationError, TypeError),
-    "StepError": (LeydenError, RuntimeError),
+    "StepError": (errors.MisconfigurationException, RuntimeError),
     "NonFiniteError": (errors.StepError, FloatingPointError),
-    "DataError": (LeydenError, ValueError),
-    "MetricError": (LeydenError, ValueError),
+    "DataError": (errors.MisconfigurationException, ValueError),
+    "MetricError": (errors.MisconfigurationException, ValueError),
+    "MissingMetricError": (errors.MetricError, RuntimeError),
     "CheckpointError": (LeydenError, RuntimeError),
+    "CheckpointNotFoundError": (errors.CheckpointError, FileNotFoundError),
+    "NoTrainerError": (LeydenError, RuntimeError),
+    "UnknownArgumentError": (errors.ConfigurationError, TypeError),
     "RankError": (LeydenError, RuntimeError),
+    "AbsentError": (LeydenError, ImportError),
+    "SIGTERMException": (SystemExit,),
     "LeydenWarning": (UserWarning,),
 }
 
@@ -61,13 +69,14 @@ def test_did_you_mean(name: str, hint: str) -> None:
     assert did_you_mean(name, iter(("accuracy", "f1"))) == hint
 
 
-def test_a_warning_has_its_code_in_front_and_points_at_the_caller() -> None:
-    def library() -> None:
-        warn("some-code", "this happened; do that.")
+def test_a_warning_has_its_code_in_front_and_points_at_the_users_line() -> None:
+    inside = {"__name__": "leyden.data.inside", "warn": warn}
+    code = compile("def library():\n    warn('some-code', 'this happened; do that.')", "inside.py", "exec")
+    library = FunctionType(next(each for each in code.co_consts if hasattr(each, "co_code")), inside)
 
     def user() -> int:
         library()
-        return library.__code__.co_firstlineno + 4  # the line above
+        return user.__code__.co_firstlineno + 1  # the line above
 
     with pytest.warns(LeydenWarning, match=r"^\[LEY-some-code\] this happened; do that\.$") as caught:
         line = user()

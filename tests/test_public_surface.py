@@ -7,6 +7,14 @@ from importlib import import_module
 import pytest
 
 SURFACE = {
+    "leyden.accelerators": [
+        "Accelerator",
+        "CPUAccelerator",
+        "CUDAAccelerator",
+        "MPSAccelerator",
+        "XLAAccelerator",
+        "find_usable_cuda_devices",
+    ],
     "leyden": [
         "Callback",
         "LightningDataModule",
@@ -29,7 +37,9 @@ SURFACE = {
         "ModelSummary",
         "Preemption",
         "ProgressBar",
+        "RichModelSummary",
         "RichProgressBar",
+        "TQDMProgressBar",
         "ThroughputMonitor",
         "Timer",
         "WeightAveraging",
@@ -46,6 +56,30 @@ SURFACE = {
         "TensorBoardLogger",
         "default_logger",
     ],
+    "leyden.demos": [
+        "BoringDataModule",
+        "BoringModel",
+        "DemoModel",
+    ],
+    "leyden.plugins": [
+        "CheckpointIO",
+        "DeepSpeedPrecision",
+        "DoublePrecision",
+        "FSDPPrecision",
+        "HalfPrecision",
+        "MixedPrecision",
+        "Precision",
+        "XLAPrecision",
+    ],
+    "leyden.plugins.environments": [
+        "ClusterEnvironment",
+        "KubeflowEnvironment",
+        "LSFEnvironment",
+        "LightningEnvironment",
+        "MPIEnvironment",
+        "SLURMEnvironment",
+        "TorchElasticEnvironment",
+    ],
     "leyden.profilers": [
         "AdvancedProfiler",
         "PassThroughProfiler",
@@ -53,6 +87,31 @@ SURFACE = {
         "PyTorchProfiler",
         "SimpleProfiler",
         "ThroughputProfiler",
+    ],
+    "leyden.strategies": [
+        "DDPStrategy",
+        "DeepSpeedStrategy",
+        "FSDPStrategy",
+        "HogwildStrategy",
+        "ModelParallelStrategy",
+        "ParallelStrategy",
+        "SingleDeviceStrategy",
+        "Strategy",
+    ],
+    "leyden.utilities": [
+        "AttributeDict",
+        "CombinedLoader",
+        "GradClipAlgorithmType",
+        "LightningEnum",
+        "disable_possible_user_warnings",
+        "grad_norm",
+        "measure_flops",
+        "move_data_to_device",
+        "rank_zero_deprecation",
+        "rank_zero_info",
+        "rank_zero_only",
+        "rank_zero_warn",
+        "suggested_max_num_workers",
     ],
 }
 

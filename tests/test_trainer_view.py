@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 import leyden
+from leyden.accelerators import CPUAccelerator, CUDAAccelerator
 from leyden.callbacks import (
     BasePredictionWriter,
     Callback,
@@ -24,6 +25,8 @@ from leyden.callbacks import (
 )
 from leyden.errors import ConfigurationError
 from leyden.loggers import CSVLogger
+from leyden.trainer.arguments import TrainerArguments
+from leyden.trainer.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from leyden.trainer.view import TrainerView
 
 torch.set_num_threads(1)
@@ -110,16 +113,16 @@ TRAIN, VALIDATION, SANITY = {"training"}, {"validating", "evaluating"}, {"sanity
 TEST, PREDICT = {"testing", "evaluating"}, {"predicting"}
 # for each hook which flags are set, in the order of its calls; of calls in a row that are alike only one is listed
 FLAGS_OF: dict[str, list[set[str]]] = {
-    "setup": [NOTHING],
-    "on_fit_start": [NOTHING],
-    "on_sanity_check_start": [{"sanity_checking"}],
+    "setup": [TRAIN, VALIDATION, TEST, PREDICT],
+    "on_fit_start": [TRAIN],
+    "on_sanity_check_start": [SANITY],
     "on_validation_start": [SANITY, VALIDATION],
     "on_validation_epoch_start": [SANITY, VALIDATION],
     "on_validation_batch_start": [SANITY, VALIDATION],
     "on_validation_batch_end": [SANITY, VALIDATION],
     "on_validation_epoch_end": [SANITY, VALIDATION],
     "on_validation_end": [SANITY, VALIDATION],
-    "on_sanity_check_end": [{"sanity_checking"}],
+    "on_sanity_check_end": [SANITY],
     "on_train_start": [TRAIN],
     "on_train_epoch_start": [TRAIN],
     "on_train_batch_start": [TRAIN],
@@ -193,10 +196,11 @@ def test_batches_are_counted_for_each_loader() -> None:
     observer = Observer("num_training_batches", *COUNTS)
     trainer = run_all(observer)
     sanity, both = [2, 2], [*VAL_BATCHES]
-    assert observer.rows("setup")[0] == (0, [], [], [], [])
+    assert observer.rows("setup")[0] == (math.inf, [], [], [], [])
     assert observer.rows("on_sanity_check_end")[0][2] == sanity
     assert observer.rows("on_validation_start")[0][2] == sanity
-    train = (TRAIN_BATCHES, both, [], [], [])
+    assert observer.rows("on_sanity_check_end")[0][1] == both
+    train = (TRAIN_BATCHES, both, sanity, [], [])
     for hook in ("on_train_start", "on_train_batch_end", "on_train_epoch_end", "on_train_end", "on_fit_end"):
         assert set(map(str, observer.rows(hook))) == {str(train)}, hook
     assert observer.rows("on_validation_end")[1:3] == [train, train]
@@ -216,7 +220,7 @@ def test_counts_follow_the_limits() -> None:
         limit_predict_batches=0.5,
         num_sanity_val_steps=1,
     )
-    assert observer.rows("on_train_start") == [(2, [2, 2], [], [], [])]
+    assert observer.rows("on_train_start") == [(2, [2, 2], [1, 1], [], [])]
     assert observer.rows("on_sanity_check_end")[0][2] == [1, 1]
     assert observer.rows("on_test_end")[0][3] == [1]
     assert observer.rows("on_predict_end")[0][4] == [1]
@@ -442,11 +446,146 @@ def test_accumulate_grad_batches_can_be_set_and_is_checked() -> None:
             trainer.accumulate_grad_batches = bad  # type: ignore[assignment]
 
 
+def properties() -> dict[str, property]:
+    named = {**vars(TrainerArguments), **vars(TrainerView)}
+    return {name: value for name, value in named.items() if isinstance(value, property)}
+
+
+def test_the_state_is_one_object_that_lives() -> None:
+    seen: list[tuple[TrainerFn | None, RunningStage | None, TrainerStatus]] = []
+
+    class Watch(Callback):
+        def note(self, trainer: leyden.Trainer, *_: Any) -> None:
+            assert trainer.state is state
+            seen.append((state.fn, state.stage, state.status))
+
+        setup = on_sanity_check_start = on_validation_start = on_train_start = on_fit_end = note  # type: ignore[assignment]
+        teardown = on_exception = on_predict_start = note  # type: ignore[assignment]
+
+    trainer, model = make(Watch(), max_epochs=1), Model()
+    state = trainer.state
+    assert (state.fn, state.stage, state.status) == (None, None, "initializing")
+    assert not state.stopped
+    trainer.fit(model, loader(), [loader(1)])
+    running = TrainerStatus.RUNNING
+    stages = ["train", "sanity_check", "sanity_check", "train", "validate", "train", "train"]
+    assert seen == [("fit", stage, running) for stage in stages]
+    assert (state.fn, state.stage, state.status, state.finished) == (TrainerFn.FITTING, None, "finished", True)
+    seen.clear()
+    trainer.predict(model, loader(1))
+    assert seen == [("predict", "predict", running)] * 3
+    seen.clear()
+    model.training_step = None  # type: ignore[assignment, method-assign]
+    with pytest.raises(TypeError):
+        trainer.fit(model, loader(), [loader(1), loader(1)])
+    assert seen[-2:] == [("fit", "train", TrainerStatus.INTERRUPTED)] * 2  # on_exception, teardown
+    assert (state.stage, state.status, state.finished, state.stopped) == (None, "interrupted", False, True)
+    assert "interrupted" in repr(state)
+
+
+def test_stages_and_verbs_are_the_strings_that_hooks_get() -> None:
+    assert [stage for stage in RunningStage if stage.evaluating] == ["sanity_check", "validate", "test"]
+    prefixes = {stage.value: stage.dataloader_prefix for stage in RunningStage}
+    assert prefixes == {
+        "train": "train",
+        "sanity_check": "val",
+        "validate": "val",
+        "test": "test",
+        "predict": "predict",
+    }
+    assert list(TrainerFn) == ["fit", "validate", "test", "predict"]
+    assert isinstance(make().state, TrainerState)
+
+
+def test_what_was_asked_for_can_be_read() -> None:
+    plain = make()
+    names = ("train", "val", "test", "predict")
+    assert [getattr(plain, f"limit_{name}_batches") for name in names] == [1.0] * 4
+    assert (plain.limit_train_batches, plain.limit_val_batches) == (1.0, 1.0)
+    assert (plain.limit_test_batches, plain.limit_predict_batches) == (1.0, 1.0)
+    assert (plain.overfit_batches, plain.barebones, plain.val_check_interval) == (0.0, False, 1.0)
+    assert (plain.gradient_clip_algorithm, plain.reload_dataloaders_every_n_epochs) == (None, 0)
+    assert (plain.num_sanity_val_steps, make(num_sanity_val_steps=-1).num_sanity_val_steps) == (2, math.inf)
+    assert make(overfit_batches=3).limit_train_batches == 3
+    assert (plain.device_ids, plain.node_rank) == ([0], 0)
+    assert isinstance(plain.accelerator, CPUAccelerator)
+    assert not isinstance(plain.accelerator, CUDAAccelerator)
+    assert (make(precision="bf16-mixed").precision_plugin.compute_dtype, plain.scaler) == (torch.bfloat16, None)
+
+
+def test_whether_and_when_fit_validates() -> None:
+    trainer = make(val_check_interval=2)
+    assert (trainer.enable_validation, trainer.val_check_batch) == (False, None)
+    trainer.fit(Model(), loader(), [loader(1), loader(1)])
+    assert (trainer.enable_validation, trainer.val_check_batch) == (True, 2)
+    at_end = make()
+    at_end.fit(Model(), loader(), [loader(1), loader(1)])
+    assert at_end.val_check_batch == TRAIN_BATCHES
+    by_clock = make(val_check_interval={"hours": 1})
+    by_clock.fit(Model(), loader(), [loader(1), loader(1)])
+    assert by_clock.val_check_batch is None
+    off = make(limit_val_batches=0)
+    off.fit(Model(), loader(), [loader(1), loader(1)])
+    assert not off.enable_validation
+
+
+def test_the_checkpoint_that_was_loaded_is_named(tmp_path: Path) -> None:
+    trainer, path = make(), tmp_path / "a.ckpt"
+    trainer.fit(Model(), loader(), [loader(1), loader(1)])
+    assert trainer.ckpt_path is None
+    trainer.save_checkpoint(path)
+    trainer.test(Model(), loader(1), ckpt_path=path)
+    assert trainer.ckpt_path == str(path)
+    trainer.test(Model(), loader(1))
+    assert trainer.ckpt_path is None
+
+
+def test_the_logger_can_be_exchanged(tmp_path: Path) -> None:
+    trainer, logger = make(), CSVLogger(str(tmp_path))
+    trainer.logger = logger
+    assert trainer.loggers == [logger]
+    trainer.logger = None
+    assert trainer.loggers == []
+
+
+def test_no_signal_has_come() -> None:
+    trainer = make(Preemption())
+    trainer.fit(Model(), loader(), [loader(1), loader(1)])
+    assert not trainer.received_sigterm
+
+
+def test_modules_can_be_made_in_their_precision() -> None:
+    with make(precision="64-true").init_module():
+        layer = torch.nn.Linear(1, 1)
+    assert (layer.weight.dtype, torch.nn.Linear(1, 1).weight.dtype) == (torch.float64, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["fit_loop", "validate_loop", "distributed_sampler_kwargs", "tune"])
+def test_what_a_trainer_has_not_is_said_with_a_way_out(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"Trainer has no {name}: "):
+        getattr(make(), name)
+    assert not hasattr(make(), name)
+
+
+def test_errors_of_properties_are_their_own() -> None:
+    class Broken(leyden.Trainer):
+        @property
+        def mine(self) -> int:
+            return None.absent  # type: ignore[attr-defined, no-any-return]
+
+    broken = Broken(logger=False, accelerator="cpu", enable_checkpointing=False)
+    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'absent'"):
+        broken.mine  # noqa: B018
+    with pytest.raises(AttributeError, match="Did you mean 'current_epoch'"):
+        broken.currnt_epoch  # noqa: B018
+
+
 def test_what_can_be_set_is_little() -> None:
-    public = {name: value for name, value in vars(TrainerView).items() if isinstance(value, property)}
+    public = properties()
     assert {name for name, value in public.items() if value.fset is not None} == {
         "should_stop",
         "accumulate_grad_batches",
+        "logger",
     }
 
 
@@ -472,7 +611,6 @@ def test_what_compile_has_come_to_can_be_seen_after_fit() -> None:
 
 def test_every_property_is_documented_and_looked_at_in_this_file() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
-    for name, value in vars(TrainerView).items():
-        if isinstance(value, property):
-            assert value.__doc__, name
-            assert f".{name}" in source or f'"{name}"' in source, name
+    for name, value in properties().items():
+        assert value.__doc__, name
+        assert f".{name}" in source or f'"{name}"' in source, name

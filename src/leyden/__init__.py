@@ -25,7 +25,21 @@ _PLACES = {
     "plan_memory": "leyden.planner",
     "seed_everything": "leyden.seed",
 }
-_SUBMODULES = ("callbacks", "loggers", "profilers")
+_SUBMODULES = (
+    "accelerators",
+    "callbacks",
+    "core",
+    "data",
+    "demos",
+    "loggers",
+    "plugins",
+    "profilers",
+    "strategies",
+    "trainer",
+    "utilities",
+)
+_FORMER = {"data_loader": "leyden.compat.decorators"}  # not in dir(): for programs that have it, not for new ones
+_LATER = dict.fromkeys(("cli", "tuner", "Fabric"), "it is not there yet")
 
 __all__ = [
     "Callback",
@@ -41,12 +55,13 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Names are imported when they are first used, so that `import leyden` costs nothing beyond torch.
-    if name in _PLACES:
-        value = getattr(importlib.import_module(_PLACES[name]), name)
+    if name in _PLACES or name in _FORMER:
+        value = getattr(importlib.import_module(_PLACES.get(name) or _FORMER[name]), name)
     elif name in _SUBMODULES:
         value = importlib.import_module(f"leyden.{name}")
     else:
-        raise AttributeError(f"module 'leyden' has no attribute {name!r}")
+        why = f": {_LATER[name]}" if name in _LATER else ""
+        raise AttributeError(f"module 'leyden' has no attribute {name!r}{why}")
     globals()[name] = value
     return value
 

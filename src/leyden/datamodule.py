@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from leyden.data.transfer import move_to_device
+from leyden.errors import ConfigurationError
 from leyden.hparams import AttributeDict, Hyperparameters, build
 
 if TYPE_CHECKING:
-    import torch
-
     from leyden.trainer import Trainer
 
 
@@ -20,7 +23,16 @@ class LightningDataModule:
 
     `prepare_data` runs once per machine and may write to disk; `setup` runs in every process before loaders are
     asked for. A loader hook returns a `DataLoader`, any iterable of batches, or several of them in a list or dict.
+
+    Attributes:
+        name: for your own use.
+        prepare_data_per_node: False has `prepare_data` run once for all machines, where these share a disk.
+        CHECKPOINT_HYPER_PARAMS_KEY: under which a checkpoint has the hyperparameters.
     """
+
+    name: str | None = None
+    prepare_data_per_node: bool = True
+    CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "datamodule_hyper_parameters"
 
     def __init__(self) -> None:
         self.trainer: Trainer | None = None
@@ -72,10 +84,12 @@ class LightningDataModule:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
 
-    def save_hyperparameters(self, *args: Any, ignore: Sequence[str] | str = (), logger: bool = True) -> None:
+    def save_hyperparameters(
+        self, *args: Any, ignore: Sequence[str] | str = (), frame: Any = None, logger: bool = True
+    ) -> None:
         """Keep the arguments of `__init__` in `hparams` and in checkpoints; see `LightningModule.save_hyperparameters`."""
-        frame = inspect.currentframe()
-        self._hyperparameters().add(self, frame.f_back if frame else None, args, ignore, logger)
+        here = inspect.currentframe()
+        self._hyperparameters().add(self, frame or (here.f_back if here else None), args, ignore, logger)
 
     @property
     def hparams(self) -> AttributeDict:
@@ -93,18 +107,84 @@ class LightningDataModule:
         return found
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str, **kwargs: Any) -> Self:
+    def from_datasets(
+        cls,
+        train_dataset: Any = None,
+        val_dataset: Any = None,
+        test_dataset: Any = None,
+        predict_dataset: Any = None,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        **datamodule_kwargs: Any,
+    ) -> Self:
+        """Make a datamodule of datasets: a `DataLoader` for each, that of training shuffled.
+
+        Args:
+            train_dataset: a dataset, or several in a list or dict; so for the next three. None leaves the class's own hook.
+            val_dataset: see above.
+            test_dataset: see above.
+            predict_dataset: see above.
+            batch_size: samples of a batch; passed to `__init__` too, if it has an argument of this name.
+            num_workers: processes that load, for each loader; as ``batch_size``.
+            **datamodule_kwargs: other arguments of `__init__`.
+        """
+        takes = inspect.signature(cls.__init__).parameters
+        shared = {"batch_size": batch_size, "num_workers": num_workers}
+        if not any(each.kind is each.VAR_KEYWORD for each in takes.values()):
+            shared = {name: value for name, value in shared.items() if name in takes}
+        made = cls(**datamodule_kwargs, **shared)
+        for kind, datasets in (
+            ("train", train_dataset),
+            ("val", val_dataset),
+            ("test", test_dataset),
+            ("predict", predict_dataset),
+        ):
+            if datasets is not None:
+                hook = partial(_loaders, datasets, kind == "train", batch_size, num_workers)
+                setattr(made, f"{kind}_dataloader", hook)
+        return made
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str,
+        map_location: Any = None,
+        hparams_file: None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
         """Build the datamodule with the hyperparameters that a checkpoint holds.
 
         Args:
             checkpoint_path: the file.
+            map_location: accepted for compatibility: a datamodule has no tensors on a device.
+            hparams_file: not supported: the checkpoint holds the hyperparameters.
+            weights_only: accepted for compatibility: no code is ever run from a file.
             **kwargs: arguments that are not in it, or that replace those in it.
         """
         from leyden.checkpoint.format import load_checkpoint
 
+        if hparams_file is not None:
+            raise ConfigurationError("hparams_file is not supported: the checkpoint holds the hyperparameters.")
         checkpoint = load_checkpoint(checkpoint_path, weights_only=True)
         saved = checkpoint.get("datamodule_hyper_parameters", {})
         made: Self = build(cls, saved, {}, kwargs, str(checkpoint_path))
         if cls.__qualname__ in checkpoint:
             made.load_state_dict(checkpoint[cls.__qualname__])
         return made
+
+
+def _loaders(datasets: Any, shuffle: bool, batch_size: int, num_workers: int) -> Any:
+    """A loader for each dataset, in the structure that was given."""
+    if isinstance(datasets, Mapping):
+        return {name: _loaders(each, shuffle, batch_size, num_workers) for name, each in datasets.items()}
+    if isinstance(datasets, (list, tuple)):
+        return [_loaders(each, shuffle, batch_size, num_workers) for each in datasets]
+    dataset: Dataset[Any] = datasets
+    return DataLoader(
+        dataset,
+        batch_size,
+        shuffle=shuffle and not isinstance(dataset, IterableDataset),
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )

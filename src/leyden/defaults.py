@@ -60,7 +60,7 @@ def default_callbacks(given: Any, settings: Settings) -> list[Callback]:
     if settings.fast_dev_run:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
     elif not settings.barebones and not any(isinstance(callback, Preemption) for callback in callbacks):
-        callbacks.append(Preemption())
+        callbacks.append(Preemption(**(settings.environment.preemption if settings.environment is not None else {})))
         settings.reasons.append(("callback Preemption", f"added: {describe(callbacks[-1])}"))
     if settings.max_time is not None:
         callbacks.append(Timer(duration=settings.max_time))

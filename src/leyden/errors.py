@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NoReturn
 
 
@@ -13,15 +14,23 @@ class LeydenError(Exception):
     """Base of every error that leyden raises on purpose."""
 
 
-class ConfigurationError(LeydenError, ValueError):
+class MisconfigurationException(LeydenError):  # noqa: N818 the name that programs catch
+    """What the program has to change: arguments, hooks, data, names of metrics. Programs raise it themselves, too."""
+
+
+class ConfigurationError(MisconfigurationException, ValueError):
     """An argument, or a combination of arguments, that cannot work. Names the argument, the value, the mend."""
+
+
+class UnknownArgumentError(ConfigurationError, TypeError):
+    """An argument that there is none of, today or in former days. Names the one that was probably meant."""
 
 
 class HookError(ConfigurationError, TypeError):
     """A hook that is misspelt, missing, or has a signature that it cannot be called with."""
 
 
-class StepError(LeydenError, RuntimeError):
+class StepError(MisconfigurationException, RuntimeError):
     """What a step returned, or did, cannot be trained on."""
 
 
@@ -29,34 +38,60 @@ class NonFiniteError(StepError, FloatingPointError):
     """A loss or a gradient that is NaN or infinite, found by ``detect_anomaly`` or ``nan_policy``."""
 
 
-class DataError(LeydenError, ValueError):
+class DataError(MisconfigurationException, ValueError):
     """A loader or a batch that cannot be used."""
 
 
-class MetricError(LeydenError, ValueError):
-    """A value that cannot be logged, or a monitored key that was never logged."""
+class MetricError(MisconfigurationException, ValueError):
+    """A value that cannot be logged."""
+
+
+class MissingMetricError(MetricError, RuntimeError):
+    """A monitored key that was never logged. Names those that were."""
 
 
 class CheckpointError(LeydenError, RuntimeError):
     """A checkpoint that cannot be written, read or applied. Names the file or the key, and the reason."""
 
 
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no such checkpoint. Names what is there."""
+
+
+class NoTrainerError(LeydenError, RuntimeError):
+    """A module that no Trainer runs was asked for what only one that is run has."""
+
+
 class RankError(LeydenError, RuntimeError):
     """A rank that has to end because of another one: it failed first, or never came. Names that rank, and its error if known."""
+
+
+class AbsentError(LeydenError, ImportError):
+    """A public name of Lightning that leyden does not have, or not yet. Says what to write instead."""
+
+
+class SIGTERMException(SystemExit):
+    """The end of a run whose machine is taken away: what `on_exception` sees after SIGTERM and other signals of preemption."""
 
 
 class LeydenWarning(UserWarning):
     """A coded warning. Mute one code with ``warnings.filterwarnings("ignore", message=r"\\[LEY-code\\]")``."""
 
 
-def warn(code: str, message: str, *, stacklevel: int = 3) -> None:
-    """Warn with a stable code in front, so that one kind of warning can be muted.
+_PASSED_OVER = ("leyden.", "torch.", "contextlib", "functools")
+
+
+def warn(code: str, message: str) -> None:
+    """Warn with a stable code in front, so that one kind of warning can be muted; the line shown is the user's.
 
     Args:
         code: a short kebab-case name, shown as ``[LEY-code]``.
         message: what happened and what to do about it.
-        stacklevel: as in `warnings.warn`, counted from here.
     """
+    stacklevel, frame = 2, inspect.currentframe()
+    frame = frame.f_back if frame is not None else None
+    while frame is not None and f"{frame.f_globals.get('__name__', '')}.".startswith(_PASSED_OVER):
+        stacklevel, frame = stacklevel + 1, frame.f_back
     warnings.warn(f"[LEY-{code}] {message}", LeydenWarning, stacklevel=stacklevel)
 
 
@@ -93,3 +128,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def reject(argument: str, value: object, allowed: str, hint: str = "") -> NoReturn:
     """Raise the one error for a bad argument: its name, what was given, what is allowed, and what may have been meant."""
     raise ConfigurationError(f"{argument}={value!r} is not valid. Allowed: {allowed}.{hint}")
+
+
+def no_such_name(module: str, name: str, absent: Mapping[str, str]) -> NoReturn:
+    """Raise for a name that a module does not have, where Lightning's has one say what to write instead.
+
+    An `AttributeError` would lose its text in ``from module import name``.
+
+    Args:
+        module: the module's full name.
+        name: what was asked for.
+        absent: the names that Lightning's module has, with what to say.
+    """
+    if name in absent:
+        raise AbsentError(f"{module} has no {name}: {absent[name]}.")
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")

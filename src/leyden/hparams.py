@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from types import FrameType
@@ -219,11 +220,20 @@ def _positional_only(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
 
 
 def load_module(
-    cls: type, path: str, map_location: str | torch.device, strict: bool | None, given: Mapping[str, Any]
+    cls: type,
+    path: str,
+    map_location: str | torch.device,
+    strict: bool | None,
+    given: Mapping[str, Any],
+    hparams_file: str | os.PathLike[str] | None = None,
 ) -> Any:
     """Make a module of ``cls`` from a checkpoint; `LightningModule.load_from_checkpoint` documents the arguments."""
     from leyden.checkpoint.format import load_checkpoint
 
+    if hparams_file is not None:
+        from leyden.compat.hparams_file import read_hparams_file
+
+        given = {**read_hparams_file(hparams_file, cls), **given}
     # The state of training is three times the weights, and nobody else could want it.
     wanted_by = next(base for base in cls.__mro__ if "on_load_checkpoint" in vars(base))
     weights_only = wanted_by.__module__.startswith("leyden.")

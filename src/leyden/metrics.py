@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from leyden.data.transfer import batch_size_of
-from leyden.errors import MetricError, did_you_mean, warn
+from leyden.errors import MetricError, MissingMetricError, did_you_mean, warn
 from leyden.metrics_state import restore_metric_objects
 from leyden.series import (
     NAMED_REDUCTIONS,
@@ -491,10 +491,10 @@ def as_tensors(values: Mapping[str, Value]) -> dict[str, Tensor]:
     return {name: value if isinstance(value, Tensor) else torch.tensor(float(value)) for name, value in values.items()}
 
 
-def missing_metric(what: str, key: str, known: Iterable[str]) -> MetricError:
+def missing_metric(what: str, key: str, known: Iterable[str]) -> MissingMetricError:
     """The error for a monitored key that was never logged: it names those that were."""
     names = sorted(known)
     listed = ", ".join(map(repr, names)) if names else "nothing: no value has been logged with self.log yet"
-    return MetricError(
+    return MissingMetricError(
         f"{what} monitors {key!r}, which was not logged. Logged are: {listed}.{did_you_mean(key, names)}"
     )

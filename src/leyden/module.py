@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import os
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from leyden.errors import LeydenError, StepError, warn
+from leyden.errors import NoTrainerError, StepError, warn
 from leyden.hparams import AttributeDict, Hyperparameters, load_module
 from leyden.module_ranks import ModuleRanks
 from leyden.optimizers import LightningOptimizer, Toggle, clip_gradients
@@ -219,6 +220,15 @@ class LightningModule(ModuleRanks):
         others = [handle.optimizer for handle in self._running().handles if handle.optimizer is not plain]
         self._toggles[id(plain)] = Toggle(plain, others)
 
+    @contextmanager
+    def toggled_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> Iterator[None]:
+        """`toggle_optimizer` for a block, and `untoggle_optimizer` at its end."""
+        self.toggle_optimizer(optimizer)
+        try:
+            yield
+        finally:
+            self.untoggle_optimizer(optimizer)
+
     def untoggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
         """Undo `toggle_optimizer`."""
         plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
@@ -344,6 +354,7 @@ class LightningModule(ModuleRanks):
         map_location: str | torch.device = "cpu",
         hparams_file: str | os.PathLike[str] | None = None,
         strict: bool | None = None,
+        weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
         """Build the module with the hyperparameters and weights that a checkpoint holds.
@@ -353,17 +364,14 @@ class LightningModule(ModuleRanks):
             map_location: where to put the tensors.
             hparams_file: a ``.csv`` or ``.yaml`` file with hyperparameters, for checkpoints of former days that hold none.
             strict: whether all keys must match; default: the module's `strict_loading`.
+            weights_only: accepted for compatibility; no pickle is ever run.
             **kwargs: arguments of `__init__` that the checkpoint does not hold, or that replace those it holds.
 
         Raises:
             CheckpointError: if the file cannot be read or does not fit, or an argument is missing.
         """
-        hparams_file = hparams_file if hparams_file is not None else kwargs.pop("tags_csv", None)
-        if hparams_file is not None:
-            from leyden.compat.hparams_file import read_hparams_file
-
-            kwargs = {**read_hparams_file(hparams_file, cls), **kwargs}
-        module: Self = load_module(cls, str(checkpoint_path), map_location, strict, kwargs)
+        more = hparams_file or kwargs.pop("tags_csv", None)
+        module: Self = load_module(cls, str(checkpoint_path), map_location, strict, kwargs, more)
         return module
 
     @classmethod
@@ -408,7 +416,7 @@ class LightningModule(ModuleRanks):
     def trainer(self) -> Trainer:
         """The Trainer that runs this module."""
         if self._trainer is None:
-            raise LeydenError(f"{type(self).__name__} is not run by a Trainer now.")
+            raise NoTrainerError(f"{type(self).__name__} is not run by a Trainer now.")
         return self._trainer
 
     @trainer.setter
@@ -475,7 +483,9 @@ class LightningModule(ModuleRanks):
 
     def _running(self) -> Run:
         if self._run is None:
-            raise LeydenError(f"{type(self).__name__} is not being run by a Trainer; this is possible during fit only.")
+            raise NoTrainerError(
+                f"{type(self).__name__} is not being run by a Trainer; this is possible during fit only."
+            )
         return self._run
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

@@ -81,7 +81,8 @@ def restore_random_state(state: dict[str, Any], device: torch.device | None = No
     if "python" in state:
         version, words, gauss = state["python"]
         random.setstate((version, tuple(words.tolist()), gauss))
-    torch.default_generator.set_state(state["torch"].cpu())
+    if "torch" in state:
+        torch.default_generator.set_state(state["torch"].cpu())
     if "numpy" in state and importlib.util.find_spec("numpy") is not None:
         import numpy
 

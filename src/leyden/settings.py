@@ -6,11 +6,14 @@ import math
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from leyden.errors import ConfigurationError, did_you_mean, reject
 from leyden.optimizers import CLIP_ALGORITHMS
 from leyden.precision import Precision, resolve_precision
+
+if TYPE_CHECKING:
+    from leyden.strategy.cluster import ClusterEnvironment
 
 Limit = int | float
 
@@ -20,6 +23,7 @@ class Settings:
     """What `Trainer` was asked for, checked and made one form; `Trainer` documents each.
 
     Attributes:
+        environment: the launcher that ``plugins`` names, or None.
         reasons: what was not given and what was chosen instead, for `Trainer.explain`.
     """
 
@@ -62,6 +66,7 @@ class Settings:
     max_restarts: int = 0
     profiler: Any = None
     default_root_dir: Any = None
+    environment: ClusterEnvironment | None = None
     reasons: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -125,8 +130,18 @@ class Settings:
         for plugin in plugins:
             if plugin is None:
                 continue
+            from leyden.strategy.cluster import ClusterEnvironment  # few programs have plugins
+
+            if isinstance(plugin, ClusterEnvironment):
+                if self.environment is not None:
+                    reject("plugins", self.plugins, "at most one environment")
+                self.environment = plugin
+                continue
             if not isinstance(plugin, Precision):
-                reject("plugins", plugin, "None, or a leyden.precision.Precision")
+                allowed = "a Precision, or an environment, of leyden.plugins"
+                hint = " Checkpoints have one format; `leyden convert` makes others of it, and ModelCheckpoint(dirpath='s3://…')"
+                writes = callable(getattr(plugin, "save_checkpoint", None))
+                reject("plugins", plugin, allowed, f"{hint} writes elsewhere." if writes else "")
             if self.precision is not None:
                 raise ConfigurationError(
                     f"precision={self.precision!r} and a Precision in plugins contradict each other. Give one of the two."

@@ -227,10 +227,18 @@ def test_if_all_are_damaged_nothing_starts_anew_silently(verb: str, folder: str)
     assert re.search(r"b\.ckpt: [^;]*checksum", str(error.value))
 
 
-def test_a_pickle_is_named_for_what_it_is(tmp_path: Path) -> None:
-    torch.save({"state_dict": {}}, tmp_path / "old.ckpt")
-    with pytest.raises(CheckpointError, match=r"old\.ckpt: this is a pickle"):
+def test_a_pickle_that_names_what_it_should_not_is_damage(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "global_step": 1, "hyper_parameters": {"run": os.system}}, tmp_path / "old.ckpt")
+    with pytest.raises(CheckpointError, match=r"old\.ckpt: it names (posix|nt)\.system"):
         last(str(tmp_path))
+
+
+def test_a_checkpoint_of_lightning_is_found_like_others(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "epoch": 1, "global_step": 7, "optimizer_states": []}, tmp_path / "lightning.ckpt")
+    assert last(str(tmp_path)) == "lightning.ckpt"
+    torch.save({"state_dict": {}, "epoch": 1, "global_step": 7}, tmp_path / "lightning.ckpt")
+    assert last(str(tmp_path)) is None  # training cannot go on from weights
+    assert last(str(tmp_path), "test") == "lightning.ckpt"
 
 
 def test_a_file_that_disappears_while_it_is_looked_for(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,7 +198,7 @@ def test_pickles_are_not_loaded(name: str, tmp_path: pathlib.Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "a.ckpt"
     path.write_bytes(pickles()[name])
-    pattern = r"this is a pickle.*does not read pickles.*torch\.load"
+    pattern = r"(this is a pickle|it names (posix|nt)\.system)"
     if name in ("protocol 0", "protocol 1"):  # text, or without a mark of its own
         pattern = "does not begin like a safetensors file"
     for reader in READERS:
@@ -583,6 +583,8 @@ def hook(event, arguments):
 sys.addaudithook(hook)
 honest, hostile = pathlib.Path(sys.argv[1]), sorted(pathlib.Path(sys.argv[2]).iterdir())
 load_checkpoint(honest)  # what numbers and tensors need is now imported
+import leyden.compat.foreign  # what reads the files of others
+b"a".decode("cp437")  # the names in archives
 read_about(honest)
 before = set(sys.modules)
 counts = {"loaded": 0, "refused": 0}

@@ -12,6 +12,7 @@ import torch
 
 import leyden
 from leyden.checkpoint import container, format, from_plain, plain, read_metadata
+from leyden.errors import CheckpointError
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "checkpoint_format.md").read_text(encoding="utf-8")
 
@@ -27,7 +28,7 @@ def first_cells(text: str) -> list[str]:
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     monkeypatch.chdir(tmp_path)
     Path("program.py").write_text("\n".join(blocks), encoding="utf-8")
     return runpy.run_path("program.py", run_name="__main__")
@@ -53,6 +54,12 @@ def test_the_sharded_example_runs(program: dict[str, object]) -> None:
     assert torch.equal(model.weight, program["model"].weight)  # type: ignore[attr-defined]
     assert "leyden_shards" in read_metadata("b.ckpt")
     assert Path("b.ckpt").is_dir()
+
+
+def test_the_example_with_a_class_runs(program: dict[str, object]) -> None:
+    assert program["theirs"]["hyper_parameters"]["activation"] is torch.nn.ReLU  # type: ignore[index]
+    with pytest.raises(CheckpointError, match=r"names torch\.nn\.modules\.activation\.ReLU"):
+        leyden.load_checkpoint("theirs.ckpt")
 
 
 def test_the_metadata_are_those_of_a_file(program: dict[str, object]) -> None:

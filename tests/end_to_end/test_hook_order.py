@@ -616,7 +616,7 @@ def test_status_and_counters_as_the_hooks_see_them(tmp_path: Path) -> None:
 
     make_trainer(tmp_path, Watching(), accumulate_grad_batches=2).fit(Validating(), data(3), data(1))
     assert seen == {
-        "sanity start": (("sanity_checking",), 0, 0, False),
+        "sanity start": (("sanity_checking", "evaluating"), 0, 0, False),
         "sanity validation": (("sanity_checking", "evaluating"), 0, 0, False),
         "train start": (("training",), 0, 0, False),
         "train batch end 0": (("training",), 0, 0, False),

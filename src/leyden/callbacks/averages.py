@@ -109,7 +109,7 @@ class Averages:
             self._starts.pop(name, None)
         if names:
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            warn("averages", f"The averages of {shown} are dropped: they {why}.", stacklevel=5)
+            warn("averages", f"The averages of {shown} are dropped: they {why}.")
 
     def _like(self, tensor: Tensor, source: Tensor) -> Tensor:
         """A copy of ``source`` laid out as ``tensor``, on the averages' device; ``source`` itself if it is that already."""

@@ -19,6 +19,7 @@ import math
 import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import torch
@@ -59,9 +60,19 @@ _READ_DTYPES: dict[str, tuple[int, torch.dtype | None]] = {
 }
 _DTYPE_NAMES = {dtype: name for name, (_, dtype) in _READ_DTYPES.items() if dtype is not None}
 _MAX_ELEMENTS = 2**63 - 1  # torch counts elements and strides in 64 bits
+HUB_FILES = ("model.safetensors.index.json", "model.safetensors")
 BLOCK_BYTES = 1 << 24
 """What of a sharded tensor has a checksum of its own."""
 _CHUNK_BYTES = 1 << 24  # per call of a stream: some systems move no more than 2 GB at once
+
+
+class ForeignFileError(CheckpointError):
+    """Not a safetensors file, and perhaps one of those that `leyden.compat.foreign` reads."""
+
+
+def is_hub_folder(path: Path) -> bool:
+    """Whether a path is a folder as model hubs have it: ``model.safetensors``, or shards of it and their index."""
+    return path.is_dir() and any((path / name).is_file() for name in HUB_FILES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +106,7 @@ class Reader:
         start = _read(stream, min(size, 8))
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(_why_no_header(start, size, length))
+            raise _no_header(start, size, length)
         self._data = 8 + length
         header = _parse_header(_read(stream, length))
         self.metadata: dict[str, str] = _metadata(header.pop("__metadata__", None))
@@ -126,7 +137,7 @@ class Reader:
         entry = self.entries[name]
         assert start + len(memory) <= entry.end - entry.begin
         self._stream.seek(self._data + entry.begin + start)
-        _read_into(self._stream, memory)
+        fill(self._stream, memory)
 
 
 def write_file(stream: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -242,15 +253,15 @@ def _finite(literal: str) -> float:
     return number
 
 
-def _why_no_header(start: bytes, size: int, length: int) -> str:
+def _no_header(start: bytes, size: int, length: int) -> CheckpointError:
     if start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
-        return (
-            "this is a pickle, as torch.save writes it, and leyden does not read pickles, because loading one can run "
-            "code. For weights: torch.load(path, weights_only=True), then module.load_state_dict(…)"
+        return ForeignFileError(
+            "this is a pickle, as torch.save writes it, which cannot be read in parts as is wanted here. Convert it: leyden "
+            "convert old.ckpt new.ckpt"
         )
     if length <= MAX_HEADER_BYTES:
-        return f"the file is cut short: it has {size} bytes, less than its header"
-    return "not a checkpoint: it does not begin like a safetensors file"
+        return CheckpointError(f"the file is cut short: it has {size} bytes, less than its header")
+    return CheckpointError("not a checkpoint: it does not begin like a safetensors file")
 
 
 def _parse_header(raw: bytes) -> dict[str, Any]:
@@ -330,11 +341,16 @@ def _check_ranges(entries: Mapping[str, Entry], data_size: int) -> None:
 
 def _read(stream: BinaryIO, size: int) -> bytes:
     buffer = bytearray(size)
-    _read_into(stream, memoryview(buffer))
+    fill(stream, memoryview(buffer))
     return bytes(buffer)
 
 
-def _read_into(stream: BinaryIO, memory: memoryview) -> None:
+def fill(stream: BinaryIO, memory: memoryview) -> None:
+    """Fill ``memory`` with the bytes that come next.
+
+    Raises:
+        CheckpointError: the stream ends too early.
+    """
     readinto = getattr(stream, "readinto", None)
     done = 0
     while done < len(memory):

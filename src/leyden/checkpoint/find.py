@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from leyden.checkpoint import remote
+from leyden.checkpoint.container import is_hub_folder
 from leyden.checkpoint.folder import is_sharded
 from leyden.checkpoint.format import About, load_checkpoint, read_about
 from leyden.checkpoint.remote import filesystem, is_remote, local_path
 from leyden.checkpoint.store import exists, join, list_checkpoints
-from leyden.errors import CheckpointError, did_you_mean, reject, warn
+from leyden.errors import CheckpointError, CheckpointNotFoundError, did_you_mean, reject, warn
 
 if TYPE_CHECKING:
     from leyden.callbacks import ModelCheckpoint
@@ -124,7 +125,6 @@ def _last(
                     "damaged-checkpoint",
                     f"{verb}(ckpt_path='last'): {len(damaged)} newer checkpoint(s) cannot be read: {'; '.join(damaged)}. "
                     f"Instead, {each.path} is used, of epoch {each.about.epoch}, step {each.about.global_step}.",
-                    stacklevel=4,
                 )
             return checkpoint, each.path
     where = ", ".join(folders)
@@ -194,7 +194,7 @@ def _check_named(path: str, verb: str) -> None:
     """Refuse what is no file, and say what may have been meant."""
     given = f"{verb}(ckpt_path={path!r})"
     try:
-        if exists(path) and (not _is_folder(path) or _is_sharded(path)):
+        if exists(path) and (not _is_folder(path) or _is_one_checkpoint(path)):
             return
     except CheckpointError as error:
         registry = " leyden has no model registry." if re.match(r"hf://|.*-registry://", path) else ""
@@ -218,13 +218,13 @@ def _check_named(path: str, verb: str) -> None:
 def _no_such_file(path: str, given: str) -> NoReturn:
     folder, name = _split(path)
     if folder and not _is_folder(folder):
-        raise CheckpointError(f"{given}: there is no such file, and no folder {folder}.")
+        raise CheckpointNotFoundError(f"{given}: there is no such file, and no folder {folder}.")
     beside = _names(folder or ".", folders=False)
     hint = did_you_mean(name, [*beside, *(("last", "best") if not folder else ())])
     if not hint:
         there = [_split(other)[1] for other in list_checkpoints(folder or ".")[:_SHOWN]]
         hint = f" Beside it are {', '.join(there)}." if there else ""
-    raise CheckpointError(f"{given}: there is no such file.{hint}")
+    raise CheckpointNotFoundError(f"{given}: there is no such file.{hint}")
 
 
 def _newest_whole_beside(path: str) -> str | None:
@@ -247,8 +247,8 @@ def _split(path: str) -> tuple[str, str]:
     return os.path.split(os.fspath(local_path(path)))
 
 
-def _is_sharded(path: str) -> bool:
-    return not is_remote(path) and is_sharded(local_path(path))
+def _is_one_checkpoint(folder: str) -> bool:
+    return not is_remote(folder) and (is_sharded(local_path(folder)) or is_hub_folder(local_path(folder)))
 
 
 def _is_folder(path: str) -> bool:

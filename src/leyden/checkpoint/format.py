@@ -28,19 +28,26 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from leyden.checkpoint import container
-from leyden.checkpoint.container import Reader, checksum, compact_json, shown, strict_json, write_file
+from leyden.checkpoint import container, from_plain
+from leyden.checkpoint.container import (
+    ForeignFileError,
+    Reader,
+    checksum,
+    compact_json,
+    is_hub_folder,
+    shown,
+    strict_json,
+    write_file,
+)
 from leyden.checkpoint.folder import Folder, is_sharded
-from leyden.checkpoint.from_plain import decode as decode_node
-from leyden.checkpoint.from_plain import tensor_names
 from leyden.checkpoint.plain import Encoder, storable
-from leyden.checkpoint.remote import filesystem, is_remote, local_path, modified
-from leyden.errors import CheckpointError, did_you_mean, reject
+from leyden.checkpoint.remote import close_names, is_remote, local_path, modified, open_stream
+from leyden.errors import CheckpointError, reject
 
 __all__ = [
     "FORMAT_VERSION",
@@ -63,7 +70,7 @@ RANDOM_STATE_KEYS = frozenset({"random_state", "rng"})
 """What stays on the CPU wherever a checkpoint is loaded to: torch takes random states from there only."""
 RUN_STATE_KEYS = RANDOM_STATE_KEYS | {
     "optimizer_states", "lr_schedulers", "scaler", "callbacks", "loops", "progress", "metrics", "loader_states",
-    "should_stop", "optimizer_windows", "loggers", "current_model_state",
+    "should_stop", "optimizer_windows", "loggers", "current_model_state", "left_out",
 }  # fmt: skip
 """What ``load_checkpoint(…, weights_only=True)`` leaves in the file."""
 _ENTRY = "leyden_checkpoint"
@@ -207,8 +214,10 @@ def load_checkpoint(
 
     A sharded checkpoint, a folder, gives the same dict with whole tensors, in one process and without a group.
 
-    A safetensors file that leyden did not write gives ``{"state_dict": its tensors}``. Only the parts that are asked for
-    are read, one tensor at a time and in the order of the file, so the peak in memory is the result and one tensor.
+    Weights that leyden did not write, a safetensors file, a folder of them with an index, or what ``torch.save`` made of
+    a state dict, give ``{"state_dict": its tensors}``; a checkpoint of Lightning gives what `leyden.compat.foreign` makes of it.
+    Of leyden's own, only the parts that are asked for are read, one tensor at a time and in the order of the file, so the
+    peak in memory is the result and one tensor.
 
     Args:
         path: the file, or its URL (``file://``, ``memory://``, ``s3://``…, whatever fsspec has a driver for); or the folder.
@@ -224,8 +233,13 @@ def load_checkpoint(
         device = torch.device("cpu" if map_location is None else map_location)
     except (RuntimeError, TypeError):
         reject("map_location", map_location, "a device, such as 'cpu' or 'cuda:0', or None for the CPU")
-    with opened(path) as file:
-        return assemble(file, device, weights_only)
+    try:
+        with opened(path) as file:
+            return assemble(file, device, weights_only)
+    except ForeignFileError:
+        from leyden.compat.foreign import load_foreign
+
+        return load_foreign(path, device, weights_only)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -258,18 +272,23 @@ def read_about(path: str | os.PathLike[str]) -> About:
     Raises:
         CheckpointError: as `load_checkpoint`.
     """
-    with opened(path) as file:
-        metadata = file.metadata
-        if not _is_ours(metadata):
-            return About(saved_at=_written_at(path))
-        tree, _ = _check_metadata(metadata)
-        if "leyden_about" not in metadata:
-            return _about(tree, _written_at(path))
-        about = strict_json(metadata["leyden_about"])
-        kinds = {"epoch": int, "global_step": int, "run_id": str | None, "saved_at": int | float, "resumable": bool}
-        if not isinstance(about, dict) or not all(_is(about.get(key), kind) for key, kind in kinds.items()):
-            raise CheckpointError("malformed leyden_about")
-        return About(**{key: about[key] for key in kinds})
+    try:
+        with opened(path) as file:
+            metadata = file.metadata
+            if not _is_ours(metadata):
+                return About(saved_at=modified(path))
+            tree, _ = _check_metadata(metadata)
+            if "leyden_about" not in metadata:
+                return _about(tree, modified(path))
+            about = strict_json(metadata["leyden_about"])
+            kinds = {"epoch": int, "global_step": int, "run_id": str | None, "saved_at": int | float, "resumable": bool}
+            if not isinstance(about, dict) or not all(_is(about.get(key), kind) for key, kind in kinds.items()):
+                raise CheckpointError("malformed leyden_about")
+            return About(**{key: about[key] for key in kinds})
+    except ForeignFileError:
+        from leyden.compat.foreign import about_foreign
+
+        return about_foreign(path)
 
 
 def _about(tree: Mapping[str, Any], saved_at: float) -> About:
@@ -293,47 +312,25 @@ def _is(value: Any, kind: Any) -> bool:
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[Reader | Folder]:
     """Open a checkpoint for as long as the block lasts; what is wrong with it is raised with its name in front."""
+    local = None if is_remote(path) else local_path(path)
+    sharded = local is not None and is_sharded(local)
     try:
         with contextlib.ExitStack() as held:
-            if not is_remote(path) and is_sharded(local_path(path)):
-                yield Folder(local_path(path), held)
+            if local is not None and sharded:
+                yield Folder(local, held)
+            elif local is not None and is_hub_folder(local):
+                raise ForeignFileError("this is a folder of weights as model hubs have it. Here, a file is wanted")
             else:
                 yield Reader(held.enter_context(open_stream(path)))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file.{_close_names(path)}") from None
+        raise CheckpointError(f"{path}: no such file.{close_names(path)}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except RecursionError:
         raise CheckpointError(f"{path}: its data is nested too deeply") from None
     except CheckpointError as error:
-        named = str(error).startswith(f"{path}: ")
-        raise CheckpointError(str(error) if named else f"{path}: {error}") from None
-
-
-def open_stream(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a local file or a URL for reading bytes, able to seek."""
-    if not is_remote(path):
-        return local_path(path).open("rb", buffering=0)  # tensors are read into their own memory, without a second copy
-    system, inside = filesystem(str(path))
-    system.invalidate_cache()  # a length that was remembered is that of the file before, if it was replaced
-    try:
-        return system.open(inside, "rb")  # type: ignore[no-any-return]
-    except OSError:
-        raise
-    except Exception as error:  # every driver has exceptions of its own
-        raise CheckpointError(f"cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _close_names(path: str | os.PathLike[str]) -> str:
-    if is_remote(path):
-        return ""
-    local = local_path(path)
-    return did_you_mean(local.name, (other.name for other in local.parent.glob("*.*")))
-
-
-def _written_at(path: str | os.PathLike[str]) -> float:
-    """When the file was last written, in seconds since 1970; 0.0 where the file system does not say."""
-    return modified(str(path)) if is_remote(path) else local_path(path).stat().st_mtime
+        kind = CheckpointError if sharded else type(error)  # a foreign file in it is damage
+        raise kind(str(error) if str(error).startswith(f"{path}: ") else f"{path}: {error}") from None
 
 
 def _too_much_plain_data(size: int, tree: Mapping[str, Any]) -> str:
@@ -386,7 +383,7 @@ def assemble(
     tensors = _Tensors(tree, places, given or {})
     for name in file.entries:
         tensors.load(name, file, checksums)
-    return {key: decode_node(node, functools.partial(tensors.fetch, places[key])) for key, node in tree.items()}
+    return {key: from_plain.decode(node, functools.partial(tensors.fetch, places[key])) for key, node in tree.items()}
 
 
 def contents(metadata: Mapping[str, str], weights_only: bool) -> tuple[Tree, dict[str, Any]]:
@@ -412,7 +409,7 @@ class _Tensors:
         self._uses: dict[str, collections.Counter[torch.device]] = {}
         self._loaded: dict[tuple[str, torch.device], Tensor] = {}
         for key, node in tree.items():
-            for name, as_bytes in tensor_names(node):
+            for name, as_bytes in from_plain.tensor_names(node):
                 place = torch.device("cpu") if as_bytes else places[key]
                 self._uses.setdefault(name, collections.Counter())[place] += 1
 

@@ -16,7 +16,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from leyden.errors import CheckpointError, did_you_mean
 
@@ -161,8 +161,33 @@ def exists(path: str) -> bool:
         return True
 
 
-def modified(path: str) -> float:
-    """Return when a file was last written, in seconds since 1970; 0 where the file system does not say."""
+def open_stream(path: PathLike) -> BinaryIO:
+    """Open a local file or a URL for reading bytes, able to seek."""
+    if not is_remote(path):
+        return local_path(path).open("rb", buffering=0)  # tensors are read into their own memory, without a second copy
+    system, inside = filesystem(str(path))
+    system.invalidate_cache()  # a length that was remembered is that of the file before, if it was replaced
+    try:
+        return system.open(inside, "rb")  # type: ignore[no-any-return]
+    except OSError:
+        raise
+    except Exception as error:  # every driver has exceptions of its own
+        raise CheckpointError(f"cannot be read: {type(error).__name__}: {error}") from error
+
+
+def close_names(path: PathLike) -> str:
+    """Which file beside a local ``path``, which is not there, may have been meant: a sentence, or an empty string."""
+    if is_remote(path):
+        return ""
+    local = local_path(path)
+    return did_you_mean(local.name, (other.name for other in local.parent.glob("*.*")))
+
+
+def modified(path: PathLike) -> float:
+    """Return when a file was last written, in seconds since 1970; 0 where a remote file system does not say."""
+    if not is_remote(path):
+        return local_path(path).stat().st_mtime
+    path = os.fspath(path)
     with contextlib.suppress(Exception):
         fs, inner = filesystem(path)
         return float(fs.modified(inner).timestamp())

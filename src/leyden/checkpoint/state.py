@@ -198,8 +198,10 @@ def apply_training(
         restore_metrics(run.metrics, run.module, metrics, run.device)  # for hooks to see, before training begins
     states = dict(checkpoint.get("callbacks", {}))
     for callback in callbacks:
-        if callback.state_key in states:
-            callback.load_state_dict(states.pop(callback.state_key))
+        # older files of Lightning know a callback by its class alone
+        key = next((key for key in (callback.state_key, type(callback).__qualname__) if key in states), None)
+        if key is not None:
+            callback.load_state_dict(states.pop(key))
     if states:
         warn(
             "callback-state", f"{path} has the state of callbacks that this Trainer does not have: {', '.join(states)}."
@@ -207,13 +209,16 @@ def apply_training(
     if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
     if run.strategy.is_global_zero:
+        for left_out in checkpoint.get("left_out", ()):
+            warn("left-out", f"{path} is of another library, and this is not taken over: {left_out}")
         _tell(run, path)
+    drawn = own["random_state"] or {}  # files of Lightning have none: the run goes on with this process's numbers
     run.restored = Restored(
-        own["random_state"],
+        drawn,
         metrics,
         own["loader_states"] or {},
         lambda: own_generators(run.module, datamodule, callbacks),
-        None if as_before else partial(spread_random_state, run.strategy, run.device),
+        None if as_before and drawn else partial(spread_random_state, run.strategy, run.device),
     )
 
 

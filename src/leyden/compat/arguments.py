@@ -19,7 +19,7 @@ from leyden.compat.former_callbacks import auto_mode
 from leyden.compat.once import tell
 from leyden.compat.translation import Translation, fill
 from leyden.compat.watchers import GPUMemory, GradientNorms, NaNGradients, ValLossIfLogged
-from leyden.errors import ConfigurationError, did_you_mean, reject
+from leyden.errors import ConfigurationError, UnknownArgumentError, did_you_mean, reject
 
 # The same under another name. What had None for «not given» has it still.
 RENAMED = {
@@ -87,7 +87,7 @@ def modernise(asked: dict[str, Any], others: dict[str, Any]) -> Modern:
     for name in others:
         if name not in FORMER_NAMES:
             hint = did_you_mean(name, [*asked, *FORMER_NAMES])
-            raise ConfigurationError(f"Trainer has no argument {name!r}.{hint}")
+            raise UnknownArgumentError(f"Trainer has no argument {name!r}.{hint}")
     made = Translation(asked, others)
     former_devices.translate_devices(made)
     for name, today in RENAMED.items():
@@ -103,7 +103,7 @@ def modernise(asked: dict[str, Any], others: dict[str, Any]) -> Modern:
     _former_values(made)
     made.arguments["callbacks"] = made.callbacks or asked["callbacks"]
     for spelt, told in made.said:
-        tell(spelt, told, stacklevel=5)  # where the Trainer was called
+        tell(spelt, told)  # where the Trainer was called
     return Modern(made.arguments, made.ckpt_path, made.truncated_bptt_steps)
 
 

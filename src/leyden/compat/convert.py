@@ -27,6 +27,11 @@ _PARTS = {
     "lr_schedulers": "schedulers",
     "callbacks": "states of callbacks",
 }
+_COUNTED = frozenset({
+    "epoch", "global_step", "hparams_name", "hparams_omitted", "hparams_type", "left_out", "loops", "progress", "run_id",
+    "scaler", "state_dict",
+})  # fmt: skip
+"""What goes without saying."""
 
 
 @dataclass(frozen=True)
@@ -131,17 +136,7 @@ def _kept(made: Mapping[str, Any]) -> tuple[str, ...]:
     weights = made.get("state_dict", {})
     numbers = sum(each.numel() for each in weights.values() if isinstance(each, torch.Tensor))
     parts = [f"{len(weights)} weights of {numbers:,} numbers"]
-    parts += [f"{len(made[key])} {name}" for key, name in _PARTS.items() if made.get(key)]
-    known = {
-        *_PARTS,
-        "state_dict",
-        "epoch",
-        "global_step",
-        "loops",
-        "progress",
-        "scaler",
-        "hparams_name",
-        "hparams_omitted",
-    }
-    others = [repr(key) for key in made if key not in {*known, VERSION_KEY, "left_out", "run_id"}]
+    parts += [f"{name} ({len(made[key])})" for key, name in _PARTS.items() if made.get(key)]
+    known = {*_PARTS, *_COUNTED, VERSION_KEY}
+    others = [repr(key) for key in made if key not in known]
     return (*parts, *others)

@@ -149,9 +149,13 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file.") from None
+        raise CheckpointError(f"{path}: no such file") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: it has keys of a checkpoint of Lightning, but not its structure: {type(error).__name__}: {error}"
+        ) from error
     except CheckpointError as error:
         named = str(error).startswith(f"{path}: ")
         raise CheckpointError(str(error) if named else f"{path}: {error}") from error.__cause__

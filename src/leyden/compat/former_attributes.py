@@ -29,7 +29,7 @@ def trainer_attribute(trainer: Trainer, name: str) -> Any:
         raise AttributeError(f"Trainer has no attribute {name!r}.{did_you_mean(name, known)}", name=name, obj=trainer)
     today, read = _MEANINGS[name]
     value = read(trainer)
-    tell(f"trainer.{name}", today, stacklevel=4)  # where it was read
+    tell(f"trainer.{name}", today)  # where it was read
     return value
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from leyden.compat.once import tell
-from leyden.errors import ConfigurationError, did_you_mean, reject
+from leyden.errors import ConfigurationError, UnknownArgumentError, did_you_mean, reject
 
 CLASSES = {"LearningRateLogger": "LearningRateMonitor"}
 _TEMPLATE = "{epoch}"  # what files were called in a folder that was given
@@ -28,7 +28,7 @@ class CheckpointArguments:
 
 def class_of_today(name: str) -> str:
     """What a callback is called today, told once."""
-    tell(f"leyden.callbacks.{name}", f"leyden.callbacks.{CLASSES[name]}", stacklevel=4)
+    tell(f"leyden.callbacks.{name}", f"leyden.callbacks.{CLASSES[name]}")
     return CLASSES[name]
 
 
@@ -127,12 +127,12 @@ def _check_names(kind: type, former: dict[str, Any], known: tuple[str, ...]) -> 
     for name in former:
         if name not in known:
             own = [each for each in inspect.signature(kind).parameters if each != "former"]
-            raise ConfigurationError(f"{kind.__name__} has no argument {name!r}.{did_you_mean(name, [*own, *known])}")
+            raise UnknownArgumentError(f"{kind.__name__} has no argument {name!r}.{did_you_mean(name, [*own, *known])}")
 
 
 def _tell(kind: str, spelt: dict[str, Any], today: dict[str, Any], more: str = "") -> None:
     written = {name: value for name, value in today.items() if value is not None}
-    tell(_call(kind, spelt), _call(kind, written) + more, stacklevel=5)  # where the callback was made
+    tell(_call(kind, spelt), _call(kind, written) + more)  # where the callback was made
 
 
 def _call(kind: str, arguments: dict[str, Any]) -> str:

@@ -14,6 +14,8 @@ from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any
 
+from leyden.errors import reject
+
 # What schedulers warn with before they kill. SIGTERM is also how torch ends a worker that hangs.
 PREEMPTION_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU")
 
@@ -105,3 +107,19 @@ def _end_at_second_term(reader: int) -> None:
     while seen < 2:
         seen += os.read(reader, 64).count(signal.SIGTERM)
     os._exit(128 + signal.SIGTERM)
+
+
+def suggested_max_num_workers(local_world_size: int) -> int:
+    """How many workers each loader may have so that processes do not crowd the cores, of which each keeps one for itself.
+
+    Args:
+        local_world_size: processes on this machine.
+
+    Raises:
+        ConfigurationError: if there are none.
+    """
+    if local_world_size < 1:
+        reject("local_world_size", local_world_size, "an integer ≥ 1")
+    # the cores that this process may use, which in a container or job are fewer
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local_world_size - 1)

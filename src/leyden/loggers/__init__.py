@@ -1,7 +1,15 @@
 """Where a run's metrics and hyperparameters are written."""
 
+from leyden.errors import no_such_name
 from leyden.loggers.csv_logger import CSVLogger
 from leyden.loggers.logger import Logger
 from leyden.loggers.tensorboard import TensorBoardLogger, default_logger
 
 __all__ = ["CSVLogger", "Logger", "TensorBoardLogger", "default_logger"]
+
+_LATER = "it is not there yet; subclass Logger"
+_ABSENT = dict.fromkeys(("CometLogger", "LitLogger", "MLFlowLogger", "NeptuneLogger", "WandbLogger"), _LATER)
+
+
+def __getattr__(name: str) -> object:
+    return no_such_name(__name__, name, _ABSENT)

@@ -6,24 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from leyden.loggers.logger import Logger
-
-
-class _Anything:
-    """Accepts any attribute, call and index, and does nothing."""
-
-    def __getattr__(self, name: str) -> _Anything:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> _Anything:
-        return self
-
-    def __getitem__(self, key: Any) -> _Anything:
-        return self
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        return None
+from leyden.rank_zero import Anything
 
 
 class DummyLogger(Logger):
@@ -42,7 +25,7 @@ class DummyLogger(Logger):
     @property
     def experiment(self) -> Any:
         """An object that accepts every call."""
-        return _Anything()
+        return Anything()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Do nothing."""

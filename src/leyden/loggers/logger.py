@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import dataclasses
 import enum
+import functools
 import json
 import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,18 @@ class Logger(ABC):
             global_step: optimizer steps that were done at the checkpoint.
             state: what `state_dict` returned then; empty if the checkpoint has none for this logger.
         """
+
+
+def rank_zero_experiment(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a logger's ``experiment``, below ``@property``: in other processes it is an object that accepts every call."""
+
+    @functools.wraps(fn)
+    def experiment(self: Any) -> Any:
+        from leyden.rank_zero import Anything, rank_zero_only
+
+        return fn(self) if rank_zero_only.rank == 0 else Anything()
+
+    return experiment
 
 
 def capture_loggers(loggers: Sequence[Logger]) -> list[list[Any]]:

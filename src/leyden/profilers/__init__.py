@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from leyden.errors import did_you_mean, reject
+from leyden.errors import did_you_mean, no_such_name, reject
 
 if TYPE_CHECKING:
     from leyden.profilers.advanced import AdvancedProfiler
@@ -67,7 +67,7 @@ def resolve_profiler(profiler: object) -> Profiler:
 
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        no_such_name(__name__, name, {"XLAProfiler": "use torch_xla.debug.profiler itself"})
     value: object = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value  # the next access is a plain dict look-up
     return value

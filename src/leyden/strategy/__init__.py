@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from leyden.errors import did_you_mean, reject, warn
 from leyden.strategy.base import Layout, Strategy
 from leyden.strategy.environments import Place, advice, at_prompt, check_place, find_place
 from leyden.strategy.single import SingleDevice
+
+if TYPE_CHECKING:
+    from leyden.strategy.cluster import ClusterEnvironment
 
 __all__ = ["Layout", "SingleDevice", "Strategy", "find_place", "gathered"]
 
@@ -51,15 +54,26 @@ def gathered(strategy: Strategy, data: Any, sync_grads: bool) -> Any:
 
 
 def resolve_ranks(
-    accelerator: object, devices: object, strategy: object, num_nodes: int
+    accelerator: object,
+    devices: object,
+    strategy: object,
+    num_nodes: int,
+    environment: ClusterEnvironment | None = None,
 ) -> tuple[DeviceChoice, Strategy]:
     """From the Trainer's arguments and the environment: the devices of this machine, and the strategy for its ranks.
+
+    Args:
+        accelerator: the Trainer's, as the next three.
+        devices: see `resolve_device`.
+        strategy: see `resolve_strategy`.
+        num_nodes: how many machines.
+        environment: the launcher that the user named; None to look for one.
 
     Raises:
         ConfigurationError: see `resolve_device` and `resolve_strategy`.
     """
-    place = find_place()
-    alone = advice() if place is None else None
+    place = find_place() if environment is None else environment.place()
+    alone = advice() if place is None and environment is None else None
     if alone is not None and strategy != "single_device":
         warn("alone", alone)
     choice = resolve_device(accelerator, devices, place.local_world_size if place is not None else None)

@@ -88,6 +88,11 @@ class Strategy(ABC):
         return self.global_rank == 0
 
     @property
+    def root_device(self) -> torch.device:
+        """The device of this process, under the name that programs know."""
+        return self.device
+
+    @property
     def data_world_size(self) -> int:
         """Over how many ranks the samples are divided."""
         return self.world_size
@@ -220,7 +225,7 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def reduce(self, tensor: Tensor, op: str = "mean") -> Tensor:
+    def reduce(self, tensor: Tensor, reduce_op: str = "mean") -> Tensor:
         """Return the "mean", "sum", "min" or "max" over all ranks, element by element, on every rank."""
 
     @abstractmethod
@@ -231,6 +236,11 @@ class Strategy(ABC):
         """Return the objects of the ranks that the data is divided over, one of each ``data_rank``, in order."""
         gathered = self.gather_objects((self.data_rank, obj))
         return [each for _, each in sorted(dict(reversed(gathered)).items())]
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Return whether all ranks say yes, or any of them."""
+        said = self.gather_objects(bool(decision))
+        return False not in said if all else True in said
 
     @abstractmethod
     def highest(self, numbers: Sequence[int]) -> list[int]:

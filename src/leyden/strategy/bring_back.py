@@ -38,6 +38,7 @@ def outcome(trainer: Trainer, result: Any) -> dict[str, Any] | None:
         "callbacks": [callback.state_dict() for callback in trainer._active_callbacks],
         "random_state": capture_random_state(),
         "interrupted": trainer.interrupted,
+        "state": [str(trainer.state.fn), str(trainer.state.status)],
     }
     brought: dict[str, Any] = packed(found, as_bytes=True)
     return brought
@@ -69,6 +70,7 @@ def take_over(trainer: Trainer, brought: dict[str, Any], named: Mapping[str, Any
             callback.load_state_dict(state)
     restore_random_state(found["random_state"])
     trainer.interrupted = found["interrupted"]
+    trainer.state.take_over(*found["state"])
     return found["result"]
 
 

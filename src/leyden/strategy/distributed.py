@@ -285,17 +285,17 @@ class DistributedStrategy(Strategy):
             return gathered
         return _gather(tensor.detach(), self.world_size)
 
-    def reduce(self, tensor: Tensor, op: str = "mean") -> Tensor:
+    def reduce(self, tensor: Tensor, reduce_op: str = "mean") -> Tensor:
         """See `Strategy.reduce`."""
-        if op not in ("mean", *_OPS):
-            reject("op", op, "'mean', 'sum', 'min' or 'max'")
+        if reduce_op not in ("mean", *_OPS):
+            reject("reduce_op", reduce_op, "'mean', 'sum', 'min' or 'max'")
         if not self._talks():
             return tensor
         held = tensor.detach().clone(memory_format=torch.contiguous_format)
-        if op == "mean" and not held.is_floating_point():
+        if reduce_op == "mean" and not held.is_floating_point():
             held = held.to(torch.get_default_dtype())
-        dist.all_reduce(held, _OPS.get(op, dist.ReduceOp.SUM))
-        return held / self.world_size if op == "mean" else held
+        dist.all_reduce(held, _OPS.get(reduce_op, dist.ReduceOp.SUM))
+        return held / self.world_size if reduce_op == "mean" else held
 
     def _talks(self) -> bool:
         """Whether there is somebody to talk to: not before a verb, and not after a failure, when nobody listens."""

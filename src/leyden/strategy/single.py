@@ -63,7 +63,7 @@ class SingleDevice(Strategy):
         """Return ``tensor`` with a first dimension of 1."""
         return tensor.unsqueeze(0)
 
-    def reduce(self, tensor: Tensor, op: str = "mean") -> Tensor:
+    def reduce(self, tensor: Tensor, reduce_op: str = "mean") -> Tensor:
         """Return ``tensor``."""
         return tensor
 

@@ -26,7 +26,7 @@ from leyden.run import Evaluation, Outlet, Run, Status
 from leyden.settings import Settings
 from leyden.sources import Sources
 from leyden.strategy import Strategy, resolve_ranks
-from leyden.trainer.former import modernised, speaks_formerly
+from leyden.trainer.former import in_words_of_today
 from leyden.trainer.requests import TrainerRequests
 from leyden.trainer.states import TrainerState
 
@@ -87,7 +87,7 @@ class Trainer(TrainerRequests):
             "rollback" to the newest checkpoint and go on with the next batches. See `leyden.policies.FiniteGuard`.
         oom_policy: "raise", or "halve": train on batches that do not fit in parts. See `leyden.halving.Halving`.
         barebones: turn off everything that is not training, to measure it.
-        plugins: a `leyden.precision.Precision` of your own.
+        plugins: a precision or a launcher of `leyden.plugins`, or a list of both.
         sync_batchnorm: let BatchNorm layers count the samples of all processes.
         use_distributed_sampler: divide the samples of loaders over the processes (default), where their samplers do not.
         reload_dataloaders_every_n_epochs: ask the loader hooks again every n epochs; 0 never.
@@ -150,24 +150,24 @@ class Trainer(TrainerRequests):
         **others: Any,
     ) -> None:
         asked = {name: value for name, value in locals().items() if name not in ("self", "others")}
-        if others or speaks_formerly(asked):
-            modern = modernised(asked, others)
-            Trainer.__init__(self, **modern.arguments)
-            self._ckpt_path, self.truncated_bptt_steps = modern.ckpt_path, modern.truncated_bptt_steps
-            return
+        asked, self._ckpt_path, self.truncated_bptt_steps = in_words_of_today(asked, others)
+        self._take(asked)
+
+    def _take(self, asked: dict[str, Any]) -> None:
         self._settings = Settings(**{name: asked[name] for name in asked if name in Settings.__dataclass_fields__})
-        self._device_choice, self.strategy = resolve_ranks(accelerator, devices, strategy, num_nodes)
-        self.profiler = resolve_profiler(profiler)
-        self._default_root_dir = os.fspath(default_root_dir) if default_root_dir is not None else os.getcwd()
-        self.callbacks = self._active_callbacks = default_callbacks(callbacks, self._settings)
-        self.loggers = default_loggers(logger, self._settings, self._default_root_dir)
-        self._status = Status()
+        ranks_asked = [asked[name] for name in ("accelerator", "devices", "strategy", "num_nodes")]
+        ranks_asked.append(self._settings.environment)
+        self._device_choice, self.strategy = resolve_ranks(*ranks_asked)
+        self.profiler = resolve_profiler(asked["profiler"])
+        root = asked["default_root_dir"]
+        self._default_root_dir = os.fspath(root) if root is not None else os.getcwd()
+        self.callbacks = self._active_callbacks = default_callbacks(asked["callbacks"], self._settings)
+        self.loggers = default_loggers(asked["logger"], self._settings, self._default_root_dir)
+        self._status, self._writer = Status(), Writer()
         self.state = TrainerState(self._status)
         self._outlet: Outlet = assemble.new_outlet(self.loggers, None, self.strategy)
         self._module = self._datamodule = self._sources = self._run = self._evaluation = None
-        self._writer = Writer()
         self._requests, self.interrupted = [], False
-        self._ckpt_path, self.truncated_bptt_steps = None, None
 
     # The four verbs
 

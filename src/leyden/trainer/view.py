@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from abc import ABC
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,21 +14,28 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from leyden.account import TimeAccount
-from leyden.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint, ProgressBar
+from leyden.callbacks import (
+    Callback,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    Preemption,
+    ProgressBar,
+)
 from leyden.errors import ConfigurationError, LeydenError, reject
 from leyden.metrics import as_tensors
 from leyden.optimizers import SchedulerConfig
-from leyden.strategy.base import Layout
+from leyden.precision import default_dtype
+from leyden.trainer.arguments import TrainerArguments
+from leyden.trainer.states import RunningStage, TrainerState
 
 if TYPE_CHECKING:
     from leyden.compiled import Compilation, MeasuredCompilation
     from leyden.datamodule import LightningDataModule
-    from leyden.device import DeviceChoice
     from leyden.loggers import Logger
     from leyden.module import LightningModule
     from leyden.profilers import Profiler
     from leyden.run import Evaluation, Outlet, Run, Status
-    from leyden.settings import Settings
     from leyden.sources import Sources
     from leyden.strategy import Strategy
     from leyden.trainer import Trainer
@@ -36,18 +45,17 @@ Counts = list[int | float]
 _SHOWN_FROM_S = 1.0  # of training: in less there is nothing to save
 
 
-class TrainerView(ABC):
+class TrainerView(TrainerArguments):
     """The public state of a Trainer: abstract, and there so that the verbs have a page of their own."""
 
     callbacks: list[Callback]
     _active_callbacks: list[Callback]  # the above, and those that the module brings itself
     loggers: list[Logger]
     strategy: Strategy
+    state: TrainerState
     profiler: Profiler
     interrupted: bool
-    _settings: Settings
-    _device_choice: DeviceChoice
-    _default_root_dir: str
+    _loaded_from: str | None = None
     _status: Status
     _outlet: Outlet
     _sources: Sources | None
@@ -95,33 +103,39 @@ class TrainerView(ABC):
 
     @property
     def training(self) -> bool:
-        """Whether a training batch or a hook of training is running."""
-        return self._status.stage == "train"
+        """Whether `fit` trains, or is being set up."""
+        return self.state.stage is RunningStage.TRAINING
 
     @property
     def validating(self) -> bool:
         """Whether validation is running, by itself or inside of training."""
-        return self._status.stage == "validation" and not self.sanity_checking
+        return self.state.stage is RunningStage.VALIDATING
 
     @property
     def testing(self) -> bool:
         """Whether `test` is running."""
-        return self._status.stage == "test"
+        return self.state.stage is RunningStage.TESTING
 
     @property
     def predicting(self) -> bool:
         """Whether `predict` is running."""
-        return self._status.stage == "predict"
+        return self.state.stage is RunningStage.PREDICTING
 
     @property
     def sanity_checking(self) -> bool:
         """Whether the validation batches before training are running."""
-        return self._status.sanity
+        return self.state.stage is RunningStage.SANITY_CHECKING
 
     @property
     def evaluating(self) -> bool:
         """Whether validation (the sanity check too) or test is running."""
-        return self._status.stage in ("validation", "test")
+        stage = self.state.stage
+        return stage is not None and stage.evaluating
+
+    @property
+    def received_sigterm(self) -> bool:
+        """Whether SIGTERM, or another signal that `Preemption` watches, has come during the present or the last `fit`."""
+        return any(isinstance(callback, Preemption) and callback.received for callback in self._active_callbacks)
 
     # Time
 
@@ -165,52 +179,7 @@ class TrainerView(ABC):
         """The values logged with ``prog_bar=True``, as numbers; reading them waits for the device."""
         return self._outlet.metrics.progress_bar_values()
 
-    # Settings
-
-    @property
-    def max_epochs(self) -> int | None:
-        """The epoch limit; -1 for none."""
-        return self._settings.max_epochs
-
-    @property
-    def min_epochs(self) -> int | None:
-        """Epochs before a stop is heeded."""
-        return self._settings.min_epochs
-
-    @property
-    def max_steps(self) -> int:
-        """The limit of optimizer steps; -1 for none."""
-        return self._settings.max_steps
-
-    @property
-    def min_steps(self) -> int | None:
-        """Optimizer steps before a stop is heeded."""
-        return self._settings.min_steps
-
-    @property
-    def fast_dev_run(self) -> int:
-        """Batches of each kind in a trial run; 0 if it is a real one."""
-        return int(self._settings.fast_dev_run)
-
-    @property
-    def log_every_n_steps(self) -> int:
-        """Optimizer steps between two flushes of step values; 0 for never."""
-        return self._settings.log_every_n_steps or 0
-
-    @property
-    def precision(self) -> str:
-        """The canonical name of the precision."""
-        return str(self._settings.precision.name)
-
-    @property
-    def gradient_clip_val(self) -> float | None:
-        """The bound of gradient clipping."""
-        return self._settings.gradient_clip_val
-
-    @property
-    def check_val_every_n_epoch(self) -> int | None:
-        """Epochs between validations."""
-        return self._settings.check_val_every_n_epoch
+    # Settings that change, and places
 
     @property
     def accumulate_grad_batches(self) -> int:
@@ -225,11 +194,6 @@ class TrainerView(ABC):
             self._run.accumulate = batches
         else:
             self._settings.accumulate_grad_batches = batches
-
-    @property
-    def default_root_dir(self) -> str:
-        """Where files go that have no other place."""
-        return self._default_root_dir
 
     @property
     def log_dir(self) -> str | None:
@@ -255,7 +219,7 @@ class TrainerView(ABC):
         from leyden.explain import explain
 
         assemble.check_fit(assemble.check_module(model))
-        text = explain(cast("Trainer", self), model, datamodule)
+        text = explain(cast("Trainer", self), model, datamodule, assemble.dressed)
         print(text)
         return text
 
@@ -263,8 +227,23 @@ class TrainerView(ABC):
 
     @property
     def logger(self) -> Logger | None:
-        """The first logger."""
+        """The first logger; setting it leaves no other, and None leaves none."""
         return self.loggers[0] if self.loggers else None
+
+    @logger.setter
+    def logger(self, logger: Logger | None) -> None:
+        self.loggers = [logger] if logger else []
+
+    @property
+    def ckpt_path(self) -> str | None:
+        """The file that the present or the last verb has loaded; None if it was none."""
+        return self._loaded_from
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """What scales the loss of the present or the last `fit`, under "16-mixed"; else None."""
+        scaler = self._run.scaler if self._run is not None else None
+        return scaler.scaler if scaler is not None else None
 
     @property
     def lightning_module(self) -> LightningModule:
@@ -359,18 +338,34 @@ class TrainerView(ABC):
 
     @property
     def num_training_batches(self) -> int | float:
-        """Training batches per epoch; inf if the loader has no length."""
-        return _whole(self._run.source.total) if self._run is not None and hasattr(self._run, "source") else 0
+        """Training batches per epoch; inf if the loader has no length, and as long as it was not asked for."""
+        return _whole(self._run.source.total) if self._run is not None and hasattr(self._run, "source") else math.inf
+
+    @property
+    def val_check_batch(self) -> int | float | None:
+        """Training batches between two validations of the present or the last `fit`; None if time or nobody says when."""
+        schedule = self._run.schedule if self._run is not None else None
+        if schedule is None or schedule.every is not None:
+            return None
+        every = schedule.every_n_batches
+        return self.num_training_batches if every == math.inf else _whole(every)
+
+    @property
+    def enable_validation(self) -> bool:
+        """Whether the present or the last verb validates: there is a step and a loader, and the limit is not 0."""
+        return self._sources is not None and self._sources.validates()
 
     @property
     def num_val_batches(self) -> Counts:
-        """Validation batches of each loader."""
+        """Validation batches of each loader, also during the sanity check, which takes fewer."""
+        if self.sanity_checking and self._sources is not None:
+            return [_whole(source.total) for source in self._sources.validation()]
         return self._counts("validation")
 
     @property
     def num_sanity_val_batches(self) -> Counts:
         """Batches of the sanity check, of each loader."""
-        return self._counts("validation") if self.sanity_checking else []
+        return [_whole(min(self.num_sanity_val_steps, batches)) for batches in self.num_val_batches]
 
     @property
     def num_test_batches(self) -> Counts:
@@ -443,35 +438,31 @@ class TrainerView(ABC):
         return self.strategy.local_rank
 
     @property
+    def node_rank(self) -> int:
+        """The number of this process's machine."""
+        return self.strategy.node_rank
+
+    @property
     def world_size(self) -> int:
         """How many processes there are."""
         return self.strategy.world_size
-
-    @property
-    def num_nodes(self) -> int:
-        """How many machines there are."""
-        return self._settings.num_nodes
-
-    @property
-    def num_devices(self) -> int:
-        """How many devices this machine trains on, each by a process of its own."""
-        return len(self._device_choice.devices)
-
-    @property
-    def layout(self) -> Layout:
-        """Which processes there are to be, as far as this machine knows them."""
-        return Layout(self._device_choice.devices, self._settings.num_nodes)
-
-    @property
-    def max_restarts(self) -> int:
-        """How often all processes are started again when one has failed."""
-        return self._settings.max_restarts
 
     @property
     def device(self) -> torch.device:
         """The device that steps run on."""
         return self.strategy.device
 
+    @contextmanager
+    def init_module(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Make modules in here on the device and in the precision that they will be trained in, so that nothing is copied.
+
+        Args:
+            empty_init: accepted for compatibility. For modules that no device can hold whole, see `configure_model`.
+        """
+        place = torch.device("cpu") if self.strategy.shards_state else self.device
+        with place, default_dtype(self._settings.precision.parameter_dtype):
+            yield
+
 
 def _whole(count: float) -> int | float:
-    return count if count == float("inf") else int(count)
+    return count if count == math.inf else int(count)
