@@ -62,7 +62,7 @@ def default_callbacks(given: Any, settings: Settings) -> list[Callback]:
     elif not settings.barebones and not any(isinstance(callback, Preemption) for callback in callbacks):
         callbacks.append(Preemption(**(settings.environment.preemption if settings.environment is not None else {})))
         settings.reasons.append(("callback Preemption", f"added: {describe(callbacks[-1])}"))
-    if settings.max_time is not None:
+    if settings.max_time is not None and not any(isinstance(callback, Timer) for callback in callbacks):
         callbacks.append(Timer(duration=settings.max_time))
     return ordered(callbacks)
 

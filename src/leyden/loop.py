@@ -227,13 +227,17 @@ def step_boundary(run: Run) -> None:
         with run.account.spent_on("logging"):
             run.outlet.send(run.metrics.step_values(), progress.global_step)
         run.account.sample_device()
-    if run.schedule is not None and run.schedule.pay():
+    validates = run.schedule is not None and run.schedule.pay()
+    if validates:
         with run.account.spent_on("validation"):
             validate(run)
     if stepped and run.step_schedulers:
         run.step_plateau_schedulers(run.step_schedulers, progress.global_step)
     if run.agreement is not None and not run.is_last_batch and run.agreement.is_due(progress.total_batches):
         run.agreement.reach(run)
+    if not validates and run.is_to_stop_early():  # as an epoch's end would, for those who look at its values
+        with run.account.spent_on("validation"):
+            validate(run)
     # Last, so that a run that goes on from a checkpoint misses nothing of this boundary. After an epoch's last batch its
     # end serves them, so that a checkpoint is of a whole epoch.
     if run.requests and not run.is_last_batch:
@@ -358,9 +362,14 @@ def evaluate(run: Evaluation) -> None:
 def report(run: Evaluation) -> None:
     """Send an evaluation's values to the loggers and close its series."""
     metrics = run.metrics
-    for batch_idx, values in metrics.evaluation_history() if run.outlet.loggers else ():
-        run.outlet.send(dict(values), batch_idx, with_epoch=False)
-    run.outlet.send(metrics.publish_epoch(), run.outlet.progress.global_step)
+    progress = run.outlet.progress
+    history = metrics.evaluation_history() if run.outlet.loggers else []
+    before = progress.validation_batches if run.stage == "validation" else 0
+    for batch_idx, values in history:
+        run.outlet.send(dict(values), before + batch_idx, with_epoch=False)
+    if history and run.stage == "validation":
+        progress.validation_batches = before + max(batch_idx for batch_idx, _ in history) + 1
+    run.outlet.send(metrics.publish_epoch(), progress.global_step)
     metrics.reset()
     metrics.end_evaluation()
     metrics.leave()  # training opens it again

@@ -189,7 +189,7 @@ class Metrics:
             key = f"{name}/dataloader_idx_{self._dataloader_idx}"
         series = self._active.get(key)
         if series is None or series.flags != flags:
-            series = self._open(name, key, flags, value, self._dataloader_idx if add_dataloader_idx else None)
+            series = self._open(name, key, flags, value, self._dataloader_idx)
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise MetricError(

@@ -24,6 +24,8 @@ class Progress:
     """Optimizer steps, cumulative."""
     total_batches: int = 0
     """Training batches, cumulative over epochs."""
+    validation_batches: int = 0
+    """Validation batches, cumulative over validations: the x axis of their step values."""
     skipped_batches: int = 0
     """Training batches whose step returned None, or which ``nan_policy`` left out, cumulative."""
     skipped_in_window: int = 0

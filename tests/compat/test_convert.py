@@ -228,6 +228,20 @@ def test_the_module_is_a_program(tmp_path: Path) -> None:
     assert "invalid choice" in done.stderr
 
 
+def test_urls(tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec", reason="URLs are read with fsspec")
+    trainer = leyden_fit(tmp_path, net(L.LightningModule)(), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    for source, target in ((tmp_path / "a.ckpt", "memory://x/b.ckpt"), ("memory://x/b.ckpt", "memory://x/c.ckpt")):
+        convert(source, target)
+    before, after = L.load_checkpoint(tmp_path / "a.ckpt"), L.load_checkpoint("memory://x/c.ckpt")
+    assert before["progress"] == after["progress"] == L.load_checkpoint("memory://x/b.ckpt")["progress"]
+    assert all(torch.equal(before["state_dict"][name], after["state_dict"][name]) for name in before["state_dict"])
+    with pytest.raises(CheckpointError, match="is there already"):
+        convert(tmp_path / "a.ckpt", "memory://x/b.ckpt")
+    fsspec.filesystem("memory").rm("/x", recursive=True)
+
+
 def test_folders_of_weights_become_one_file(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -380,7 +380,7 @@ def test_an_exception_in_user_code_runs_every_hook_and_arrives_as_it_is(place: s
         *((name, end) for name in ("data", "first", "second", "module")),
     ]
     assert memory.statuses == ["failed"]
-    assert not trainer.interrupted
+    assert trainer.interrupted
     assert not any((trainer.training, trainer.validating, trainer.sanity_checking))
 
 

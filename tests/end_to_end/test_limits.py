@@ -360,7 +360,7 @@ def test_max_time_stops_after_the_minima(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_epochs": -2}, {"max_epochs": 1.0}, {"max_epochs": True}, {"max_steps": -2}, {"max_steps": None},
+        {"max_epochs": -2}, {"max_epochs": 1.0}, {"max_epochs": True}, {"max_steps": -2},
         {"min_epochs": -1}, {"min_steps": 0.5}, {"max_time": "1 hour"}, {"max_time": timedelta(seconds=-1)},
         {"min_epochs": 3, "max_epochs": 2}, {"min_steps": 3, "max_steps": 2},
         {"reload_dataloaders_every_n_epochs": -1}, {"accumulate_grad_batches": 0}, {"num_sanity_val_steps": -2},

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leyden.callbacks.callback import Callback, has_validation
-from leyden.errors import MetricError, did_you_mean, reject, warn
+from leyden.errors import MissingMetricError, did_you_mean, reject, warn
 
 if TYPE_CHECKING:
     from leyden.module import LightningModule
@@ -57,7 +57,7 @@ class EarlyStopping(Callback):
 
     Raises:
         ConfigurationError: an argument is out of range.
-        MetricError: during the run, when ``strict`` and ``monitor`` is not among the logged metrics.
+        MissingMetricError: during the run, when ``strict`` and ``monitor`` is not among the logged metrics.
     """
 
     monitors_epoch: ClassVar[bool] = True
@@ -273,7 +273,7 @@ class EarlyStopping(Callback):
             f"{did_you_mean(self.monitor, keys)} Log it with self.log({self.monitor!r}, value), or monitor another."
         )
         if self.strict:
-            raise MetricError(message)
+            raise MissingMetricError(message)
         warn("early-stopping-key", f"{message} This check is skipped (strict=False).")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from leyden.callbacks.callback import Callback
-from leyden.errors import ConfigurationError, HookError, reject
+from leyden.errors import HookError, reject
 
 if TYPE_CHECKING:
     from leyden.module import LightningModule
@@ -23,7 +23,7 @@ class BasePredictionWriter(Callback):
         write_interval: which of the two methods is called: ``"batch"``, ``"epoch"`` or ``"batch_and_epoch"``.
 
     Raises:
-        ConfigurationError: ``write_interval`` is none of these; or, at the end of the epoch, predictions were not kept.
+        ConfigurationError: ``write_interval`` is none of these.
         HookError: when predicting begins, if a method that will be called is not implemented.
     """
 
@@ -31,7 +31,11 @@ class BasePredictionWriter(Callback):
         if write_interval not in ("batch", "epoch", "batch_and_epoch"):
             reject("write_interval", write_interval, "'batch', 'epoch' or 'batch_and_epoch'")
         self.interval: Literal["batch", "epoch", "batch_and_epoch"] = write_interval
-        self._predicted = False
+
+    @property
+    def wants_all(self) -> bool:
+        """Whether predictions must be kept for the end."""
+        return self.interval != "batch"
 
     def write_on_batch_end(
         self,
@@ -92,22 +96,14 @@ class BasePredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Hand one prediction to `write_on_batch_end`."""
-        self._predicted = True
         if self.interval != "epoch":
             indices = trainer.predict_batch_indices
             self.write_on_batch_end(trainer, pl_module, outputs, indices, batch, batch_idx, dataloader_idx)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Hand all predictions to `write_on_epoch_end`."""
-        predicted, self._predicted = self._predicted, False
-        if self.interval == "batch":
-            return
-        if predicted and not trainer.predictions:
-            raise ConfigurationError(
-                f"{type(self).__name__}(write_interval={self.interval!r}) writes all predictions at the end, but they "
-                "were not kept. Call trainer.predict(..., return_predictions=True) or use write_interval='batch'."
-            )
-        self.write_on_epoch_end(trainer, pl_module, trainer.predictions, trainer.epoch_batch_indices)
+        if self.wants_all:
+            self.write_on_epoch_end(trainer, pl_module, trainer.predictions, trainer.epoch_batch_indices)
 
     def _not_implemented(self, name: str) -> HookError:
         own = type(self).__name__

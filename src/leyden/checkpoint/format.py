@@ -47,7 +47,7 @@ from leyden.checkpoint.container import (
 from leyden.checkpoint.folder import Folder, is_sharded
 from leyden.checkpoint.plain import Encoder, storable
 from leyden.checkpoint.remote import close_names, is_remote, local_path, modified, open_stream
-from leyden.errors import CheckpointError, reject
+from leyden.errors import CheckpointError, CheckpointNotFoundError, reject
 
 __all__ = [
     "FORMAT_VERSION",
@@ -323,7 +323,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Reader | Folder]:
             else:
                 yield Reader(held.enter_context(open_stream(path)))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file.{close_names(path)}") from None
+        raise CheckpointNotFoundError(f"{path}: no such file.{close_names(path)}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except RecursionError:

@@ -7,11 +7,12 @@ The core comes here when a file is not a safetensors file. Whatever it is, nothi
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -44,7 +45,7 @@ def load_foreign(
     with _naming(path):
         if not is_remote(path) and is_hub_folder(local_path(path)):
             return {"state_dict": _hub_weights(local_path(path), device)}
-        with open_stream(path) as stream:
+        with _buffered(path) as stream:
             file = Pickled(stream, allow)
             tree = file.tree
             if is_lightning(tree):
@@ -70,7 +71,7 @@ def about_foreign(path: str | os.PathLike[str]) -> About:
         saved_at = modified(path)
         if not is_remote(path) and is_hub_folder(local_path(path)):
             return About(saved_at=saved_at)
-        with open_stream(path) as stream:
+        with _buffered(path) as stream:
             tree = Pickled(stream).tree
         if not is_lightning(tree):
             return About(saved_at=saved_at)
@@ -88,9 +89,20 @@ def read(path: str | os.PathLike[str], allow: Iterable[Any] = ()) -> Any:
     Raises:
         CheckpointError: damaged, not such a file, or it names what is not allowed; names the file.
     """
-    with _naming(path), open_stream(path) as stream:
+    with _naming(path), _buffered(path) as stream:
         file = Pickled(stream, allow)
         return file.load(file.tree)
+
+
+@contextlib.contextmanager
+def _buffered(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open for reads of single bytes, which pickles are made of."""
+    with open_stream(path) as stream:
+        if isinstance(stream, io.RawIOBase):
+            with io.BufferedReader(stream) as buffered:
+                yield buffered
+        else:
+            yield stream
 
 
 def _is_state_dict(tree: Any) -> bool:

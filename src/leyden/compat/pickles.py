@@ -59,12 +59,12 @@ _ATTACKING_BUILTINS = frozenset({
     "input", "locals", "map", "open", "setattr", "vars",
 })  # fmt: skip
 """Where the names are that no training writes and every attack does."""
-_OPCODES = frozenset(each.name for each in pickletools.opcodes) - {
-    "EXT1", "EXT2", "EXT4", "PERSID", "INST", "OBJ", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER",
-}  # fmt: skip
-"""The rest looks names up elsewhere, or takes memory that the file need not have."""
-_PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
-_GETS = frozenset({"GET", "BINGET", "LONG_BINGET"})
+_OPCODES = frozenset(each.name for each in pickletools.opcodes if each.proto) - {
+    "EXT1", "EXT2", "EXT4", "OBJ", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER",
+} | {"APPEND", "BUILD", "DICT", "DUP", "GLOBAL", "LIST", "MARK", "NONE", "POP", "REDUCE", "SETITEM", "STOP", "TUPLE"}  # fmt: skip
+"""The rest is text of protocol 0, looks names up elsewhere, or takes memory that the file need not have."""
+_PUTS = frozenset({"BINPUT", "LONG_BINPUT"})
+_GETS = frozenset({"BINGET", "LONG_BINGET"})
 _GROWS = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"})
 """These put what they pop into the object before it, which stays."""
 _MAX_DEPTH = 1000
@@ -94,7 +94,7 @@ class Pickled:
     """An unpickled file whose tensors are still in it.
 
     Args:
-        stream: open for reading bytes and able to seek, for as long as `load` is called.
+        stream: open for reading bytes, buffered and able to seek, for as long as `load` is called.
         allow: classes and functions that the file may name beside the table; a pair of one and a full name, such as
             ``(Stub, "project.config.Config")``, lets one stand for another. They are run. What was given to
             `torch.serialization.add_safe_globals` counts as well.
@@ -107,7 +107,7 @@ class Pickled:
     """
 
     def __init__(self, stream: BinaryIO, allow: Iterable[Any] = ()) -> None:
-        self._stream = io.BufferedReader(stream) if isinstance(stream, io.RawIOBase) else stream
+        self._stream = stream
         self._allowed = _by_name([*torch.serialization.get_safe_globals(), *allow])
         self._stand_ins: dict[str, Any] = {}
         self._unknown: list[str] = []
@@ -466,5 +466,5 @@ def _move(stack: list[list[int] | None], pops: int, to_mark: bool, pushes: int, 
 def _operations(stream: BinaryIO) -> Iterator[tuple[Any, Any, Any]]:
     try:
         yield from pickletools.genops(stream)
-    except (ValueError, EOFError, struct.error, UnicodeDecodeError) as error:
+    except (ValueError, EOFError, struct.error, DeprecationWarning) as error:  # a warning of text with odd escapes
         raise CheckpointError(f"the file is cut short or damaged: {error}") from None

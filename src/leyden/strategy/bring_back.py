@@ -37,7 +37,6 @@ def outcome(trainer: Trainer, result: Any) -> dict[str, Any] | None:
         "metrics": trainer._outlet.metrics.state_dict(),
         "callbacks": [callback.state_dict() for callback in trainer._active_callbacks],
         "random_state": capture_random_state(),
-        "interrupted": trainer.interrupted,
         "state": [str(trainer.state.fn), str(trainer.state.status)],
     }
     brought: dict[str, Any] = packed(found, as_bytes=True)
@@ -69,7 +68,7 @@ def take_over(trainer: Trainer, brought: dict[str, Any], named: Mapping[str, Any
         if state:
             callback.load_state_dict(state)
     restore_random_state(found["random_state"])
-    trainer.interrupted = found["interrupted"]
+    trainer._undress()
     trainer.state.take_over(*found["state"])
     return found["result"]
 

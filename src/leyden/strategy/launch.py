@@ -110,7 +110,7 @@ def run_function(trainer: Trainer, verb: str, args: tuple[Any, ...]) -> Any:
     if results is not None:
         return take_over(trainer, results[0], named)
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        trainer.interrupted = True
+        trainer.state.interrupt()
         if code == 128 + signal.SIGINT and at_prompt():
             raise KeyboardInterrupt
         raise SystemExit(code)

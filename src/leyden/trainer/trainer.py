@@ -28,7 +28,7 @@ from leyden.sources import Sources
 from leyden.strategy import Strategy, resolve_ranks
 from leyden.trainer.former import in_words_of_today
 from leyden.trainer.requests import TrainerRequests
-from leyden.trainer.states import TrainerState
+from leyden.trainer.states import TrainerFn, TrainerState
 
 if TYPE_CHECKING:
     from leyden.compat.dress import Dress
@@ -167,7 +167,7 @@ class Trainer(TrainerRequests):
         self.state = TrainerState(self._status)
         self._outlet: Outlet = assemble.new_outlet(self.loggers, None, self.strategy)
         self._module = self._datamodule = self._sources = self._run = self._evaluation = None
-        self._requests, self.interrupted = [], False
+        self._requests, self._last_counts = [], {}
 
     # The four verbs
 
@@ -276,7 +276,7 @@ class Trainer(TrainerRequests):
             model: what to predict with; see `validate`.
             dataloaders: batches, or several loaders.
             datamodule: instead of loaders.
-            return_predictions: False keeps nothing, for predictions that a `BasePredictionWriter` writes to disk.
+            return_predictions: False returns nothing, for predictions that a `BasePredictionWriter` writes to disk.
             ckpt_path: weights to load first.
 
         Returns:
@@ -315,7 +315,8 @@ class Trainer(TrainerRequests):
         self._outlet = assemble.new_outlet(writing, progress, self.strategy, module)
         self._module, self._datamodule = module, datamodule
         self._run = None if verb == "fit" else self._run
-        self._evaluation, self.interrupted, self._requests = None, False, []
+        self._remember_counts()
+        self._evaluation, self._requests = None, []
         share = ranks.share_of_data(self.strategy)
         self._sources = Sources(module, datamodule, passed, self._settings, batches_of(self.profiler), share)
         resolver = self._resolve(module, datamodule)  # a hook that is refused here must not be called in the teardown
@@ -329,7 +330,7 @@ class Trainer(TrainerRequests):
                 yield resolver
             outcome = "success"
         except KeyboardInterrupt as interrupt:
-            first, outcome, self.interrupted = interrupt, "interrupted", True
+            first, outcome = interrupt, "interrupted"
             self.strategy.fail(interrupt)
             self._on_exception(interrupt)
             where = f"epoch {self.current_epoch} after {self.global_step} steps"
@@ -341,7 +342,7 @@ class Trainer(TrainerRequests):
         except BaseException as exception:
             first = exception
             if isinstance(exception, SystemExit):  # somebody's wish, such as a scheduler's, and not a failure
-                outcome, self.interrupted = "interrupted", True
+                outcome = "interrupted"
             other = self.strategy.fail(exception)
             self._on_exception(exception)
             if other is not None:
@@ -368,13 +369,14 @@ class Trainer(TrainerRequests):
         if measures(self.profiler):
             self.profiler.rank = self.global_rank
             self.profiler.setup(verb, self.log_dir)
+        stage = TrainerFn(verb)
         module.__dict__["_metrics"] = None if self._settings.barebones else self._outlet.metrics
         ranks.prepare_data(self.strategy, module, datamodule)
         if datamodule is not None:
-            datamodule.setup(verb)
+            datamodule.setup(stage)
         for callback in self._active_callbacks:
-            callback.setup(self, module, verb)
-        module.setup(verb)
+            callback.setup(self, module, stage)
+        module.setup(stage)
         with self.strategy.model_context(module), default_dtype(self._settings.precision.parameter_dtype):
             module.configure_model()
         self._settings.precision.convert_module(module)
@@ -389,23 +391,23 @@ class Trainer(TrainerRequests):
         call_each(parts, exception)
 
     def _tear_down(self, verb: str, outcome: str, first: BaseException | None) -> None:
-        module, datamodule = self.lightning_module, self._datamodule
+        module, datamodule, stage = self.lightning_module, self._datamodule, TrainerFn(verb)
         self._close_account(verb, outcome)
         if verb == "fit" and self.compilation is not None:
             self.compilation.undo()
         parts: list[Callable[[], object]] = [self._writer.release, self._writer.check]
         parts += [partial(finish, self.profiler, verb), *(partial(each.finalize, outcome) for each in self.loggers)]
         parts += [self._sources.shut_down] if self._sources is not None else []
-        parts += [partial(datamodule.teardown, verb)] if datamodule is not None else []
-        parts += [partial(callback.teardown, self, module, verb) for callback in self._active_callbacks]
-        last = call_each([*parts, partial(module.teardown, verb), self._undress], first)
+        parts += [partial(datamodule.teardown, stage)] if datamodule is not None else []
+        parts += [partial(callback.teardown, self, module, stage) for callback in self._active_callbacks]
+        last = call_each([*parts, partial(module.teardown, stage), self._undress], first)
         self.state.end()
         module.__dict__.update(_metrics=None, _run=None)
         if outcome == "failed":
             module.trainer = None
         if first is None and last is not None:
             raise last
-        for note in getattr(first, "__notes__", ()) if self.interrupted else ():  # no traceback will show them
+        for note in getattr(first, "__notes__", ()) if outcome == "interrupted" else ():  # no traceback will show them
             print(note)
 
     def _undress(self) -> None:
@@ -476,9 +478,7 @@ class Trainer(TrainerRequests):
         datamodule: LightningDataModule | None,
         keep_predictions: bool = False,
     ) -> Iterator[Evaluation]:
-        stage, kind = {"validate": ("validation", "val"), "test": ("test", "test"), "predict": ("predict", "predict")}[
-            verb
-        ]
+        stage, kind = ("validation", "val") if verb == "validate" else (verb, verb)
         if model is None:
             model, datamodule, ckpt_path = self._ran_last(verb, datamodule, dataloaders is not None, ckpt_path)
         with self._running(verb, assemble.check_module(model), datamodule, {kind: dataloaders}) as resolver:
@@ -487,13 +487,13 @@ class Trainer(TrainerRequests):
             if found is not None:
                 state.apply_weights(self, model, self._active_callbacks, *found)
             assert self._sources is not None
-            writes = any(isinstance(callback, BasePredictionWriter) for callback in self._active_callbacks)
+            writers = [each for each in self._active_callbacks if isinstance(each, BasePredictionWriter)]
             self._evaluation = self._make_evaluation(
                 stage,
                 resolver,
                 self._sources.evaluation(kind),
-                keep_predictions=keep_predictions,
-                record_indices=writes and stage == "predict",
+                keep_predictions=keep_predictions or any(stage == "predict" and each.wants_all for each in writers),
+                record_indices=bool(writers) and stage == "predict",
             )
             yield self._evaluation
         if self._evaluation is None:

@@ -27,7 +27,7 @@ from leyden.metrics import as_tensors
 from leyden.optimizers import SchedulerConfig
 from leyden.precision import default_dtype
 from leyden.trainer.arguments import TrainerArguments
-from leyden.trainer.states import RunningStage, TrainerState
+from leyden.trainer.states import RunningStage, TrainerState, TrainerStatus
 
 if TYPE_CHECKING:
     from leyden.compiled import Compilation, MeasuredCompilation
@@ -53,8 +53,8 @@ class TrainerView(TrainerArguments):
     loggers: list[Logger]
     strategy: Strategy
     state: TrainerState
+    _last_counts: dict[str, Counts]
     profiler: Profiler
-    interrupted: bool
     _loaded_from: str | None = None
     _status: Status
     _outlet: Outlet
@@ -85,6 +85,11 @@ class TrainerView(TrainerArguments):
     def is_last_batch(self) -> bool:
         """Whether the present training batch is the last of its epoch."""
         return self._run is not None and self._run.is_last_batch
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the present or the last verb ended by an exception: an error, Ctrl-C, a signal."""
+        return self.state.status is TrainerStatus.INTERRUPTED
 
     @property
     def skipped_batches(self) -> int:
@@ -378,12 +383,14 @@ class TrainerView(TrainerArguments):
         return self._counts("predict")
 
     def _counts(self, stage: str) -> Counts:
-        evaluation = self._evaluation
-        if evaluation is None and self._run is not None:
-            evaluation = self._run.validation
-        if evaluation is None or evaluation.stage != stage:
-            return []
-        return [_whole(source.total) for source in evaluation.sources]
+        for evaluation in (self._evaluation, self._run.validation if self._run is not None else None):
+            if evaluation is not None and evaluation.stage == stage:
+                return [_whole(source.total) for source in evaluation.sources]
+        return self._last_counts.get(stage, [])
+
+    def _remember_counts(self) -> None:
+        for stage in ("validation", "test", "predict"):
+            self._last_counts[stage] = self._counts(stage)
 
     @property
     def estimated_stepping_batches(self) -> int | float:
