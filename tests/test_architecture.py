@@ -29,6 +29,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "optimizers",
         "fused",
         "hooks",
+        "former",
         "strategy",
         "summary",
         "flops",

@@ -43,7 +43,7 @@ MODULE_HOOKS: dict[str, list[str]] = {
     "on_after_backward": [],
     "configure_model": [], "configure_optimizers": [], "configure_callbacks": [],
     "configure_gradient_clipping": ["optimizer", "gradient_clip_val", "gradient_clip_algorithm"],
-    "optimizer_step": ["epoch", "batch_idx", "optimizer", "optimizer_closure"],
+    "optimizer_step": ["epoch", "batch_idx", "optimizer", "optimizer_closure", "former", "named"],
     "optimizer_zero_grad": ["epoch", "batch_idx", "optimizer"],
     "lr_scheduler_step": ["scheduler", "metric"],
     "backward": ["loss", "args", "kwargs"],

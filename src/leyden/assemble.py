@@ -17,13 +17,13 @@ from leyden.data.loader import Move, Source
 from leyden.data.transfer import DeviceMove, move_to_device
 from leyden.datamodule import LightningDataModule
 from leyden.errors import ConfigurationError, HookError, NonFiniteError, reject, warn
+from leyden.former import is_former
 from leyden.fused import KernelChoice, choose_kernels
 from leyden.hooks import (
     FORMER_CALLBACK_HOOKS,
     FORMER_MODULE_HOOKS,
     Resolver,
     check_names,
-    is_former,
     overridden,
     step_arity,
 )

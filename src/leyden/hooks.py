@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dis
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -131,6 +130,15 @@ _MEANT: dict[str, str] = {
     "on_val_epoch_end": "on_validation_epoch_end",
     "on_val_batch_start": "on_validation_batch_start",
     "on_val_batch_end": "on_validation_batch_end",
+    "val_epoch_end": "on_validation_epoch_end",
+    "valid_epoch_end": "on_validation_epoch_end",
+    "validation_epochs_end": "on_validation_epoch_end",
+    "val_end": "on_validation_epoch_end",
+    "valid_end": "on_validation_epoch_end",
+    "validation_steps": "validation_step",
+    "training_steps": "training_step",
+    "on_epochs_start": "on_train_epoch_start",
+    "on_epochs_end": "on_train_epoch_end",
     "training_step_end": "on_train_batch_end",
     "validation_step_end": "on_validation_batch_end",
     "validation_end": "on_validation_epoch_end",
@@ -147,6 +155,7 @@ FORMER_MODULE_HOOKS = frozenset({
     "test_end", "test_step_end", "test_epoch_end", "on_epoch_start", "on_epoch_end", "on_batch_start", "on_batch_end",
     "on_pre_performance_check", "on_post_performance_check", "on_pretrain_routine_start", "on_pretrain_routine_end",
     "tng_dataloader", "tbptt_split_batch", "configure_apex", "configure_ddp", "init_ddp_connection",
+    "get_progress_bar_dict", "get_tqdm_dict",
 })  # fmt: skip
 """Hooks of a module that were right once; `leyden.compat` calls them at their places."""
 FORMER_CALLBACK_HOOKS = frozenset({
@@ -154,8 +163,6 @@ FORMER_CALLBACK_HOOKS = frozenset({
     "on_pretrain_routine_start", "on_pretrain_routine_end",
 })  # fmt: skip
 """Likewise for callbacks."""
-_FORMER_PARAMETERS = frozenset({"optimizer_idx", "optimizer_i", "opt_idx", "hiddens", "second_order_closure"})
-_FORMER_KEYS = frozenset({"log", "progress_bar"})
 
 
 @dataclass
@@ -365,58 +372,6 @@ def step_arity(owner: Any, name: str, several_dataloaders: bool) -> int:
     return arity
 
 
-def former_hooks(owner: Any, base: type, former: frozenset[str]) -> list[str]:
-    """The hooks of former days that ``owner`` has, in the order of their names; not those that its own of today call."""
-    has = {name for name in former if callable(getattr(type(owner), name, None)) and not hasattr(base, name)}
-    calls = {
-        other
-        for name, method in (_own_methods(type(owner), base) if has else ())
-        if name not in former
-        for other in _mentioned(method.__code__)
-    }
-    return sorted(has - calls)
-
-
-def is_former(owner: Any, base: type, former: frozenset[str]) -> bool:
-    """Whether an object is written for the API of 2020, as its names, parameters and the keys in its code tell.
-
-    A key "log" of some dict may mean something else: `leyden.compat` looks at what is returned.
-    """
-    if former_hooks(owner, base, former):
-        return True
-    for name, method in _own_methods(type(owner), base):
-        code = method.__code__
-        if former is FORMER_MODULE_HOOKS and not _FORMER_KEYS.isdisjoint(_dict_keys(code)):
-            return True
-        parameters = code.co_varnames[1 : code.co_argcount]
-        if not _FORMER_PARAMETERS.isdisjoint(parameters) and hasattr(base, name):
-            return True
-        if name in EVENTS and "dataloader_idx" in parameters and name.startswith("on_train_"):
-            return True
-        if name == "backward" and len(parameters) > 1 and not method.__defaults__:
-            return True
-    return False
-
-
-def _dict_keys(code: CodeType) -> Iterable[str]:
-    """Texts that the code uses as keys of dicts that it makes or fills, in nested functions too."""
-    texts: list[str] = []
-    for instruction in dis.get_instructions(code):
-        name, value = instruction.opname, instruction.argval
-        if name == "LOAD_CONST" and isinstance(value, str | tuple):
-            texts += [value] if isinstance(value, str) else [each for each in value if isinstance(each, str)]
-        elif name == "KW_NAMES":
-            yield from code.co_consts[instruction.arg or 0]
-        elif name in ("BUILD_MAP", "BUILD_CONST_KEY_MAP", "MAP_ADD", "STORE_SUBSCR", "CALL_KW"):
-            yield from texts
-            texts = []
-        elif name in ("POP_TOP", "STORE_FAST", "COMPARE_OP", "CONTAINS_OP", "RETURN_VALUE"):
-            texts = []
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _dict_keys(constant)
-
-
 def check_names(owner: Any, base: type, former: frozenset[str] = frozenset()) -> None:
     """Refuse methods whose names are nearly those of hooks that the owner does not have, and which it never calls.
 
@@ -429,8 +384,8 @@ def check_names(owner: Any, base: type, former: frozenset[str] = frozenset()) ->
         HookError: naming the method, its place and the hook that was probably meant.
     """
     known = {name for name in dir(base) if not name.startswith("_")}
-    methods = list(_own_methods(type(owner), base))
-    called = {other for name, method in methods for other in _mentioned(method.__code__) if other != name}
+    methods = list(own_methods(type(owner), base))
+    called = {other for name, method in methods for other in mentioned(method.__code__) if other != name}
     for name, method in methods:
         if name in known or name in called or name in former or name.startswith("_"):
             continue
@@ -444,7 +399,8 @@ def check_names(owner: Any, base: type, former: frozenset[str] = frozenset()) ->
             )
 
 
-def _own_methods(cls: type, base: type) -> Iterable[tuple[str, Any]]:
+def own_methods(cls: type, base: type) -> Iterable[tuple[str, Any]]:
+    """The methods of a class and of its parents below ``base``, by name."""
     for parent in cls.__mro__:
         if parent is base or not issubclass(parent, base):
             continue
@@ -454,12 +410,12 @@ def _own_methods(cls: type, base: type) -> Iterable[tuple[str, Any]]:
                 yield name, function
 
 
-def _mentioned(code: CodeType) -> Iterable[str]:
+def mentioned(code: CodeType) -> Iterable[str]:
     """Names that the code looks up, in nested functions too."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _mentioned(constant)
+            yield from mentioned(constant)
 
 
 def _looks_like_a_hook(name: str) -> bool:

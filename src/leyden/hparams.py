@@ -95,7 +95,7 @@ class Hyperparameters:
         self.to_loggers = self.to_loggers or logger
 
     def take(self, owner: object, frame: FrameType | None, given: Mapping[str, Any] | Namespace) -> None:
-        """Keep a dict or Namespace itself, as ``self.hparams = hparams`` means: what is changed in it later is saved.
+        """Keep a Namespace itself, or what a dict holds: what is changed in `shown` later is saved.
 
         Raises:
             ConfigurationError: for anything else.
@@ -103,7 +103,7 @@ class Hyperparameters:
         if not isinstance(given, (Mapping, Namespace)):
             reject("hparams", given, "a dict or an argparse.Namespace")
         self.add(owner, frame, (given,), (), logger=True)
-        self._given = given
+        self._given = given if isinstance(given, Namespace) else AttributeDict(given)
 
     @property
     def shown(self) -> Any:
@@ -115,6 +115,26 @@ class Hyperparameters:
         if self._given is None:
             return dict(self.values)
         return dict(self._given) if isinstance(self._given, Mapping) else dict(vars(self._given))
+
+
+def assign(module: LightningModule, given: Mapping[str, Any] | Namespace) -> None:
+    """What ``self.hparams = hparams`` in a module's `__init__` means.
+
+    Raises:
+        ConfigurationError: for what holds no hyperparameters, and before ``super().__init__()``.
+    """
+    name = type(module).__name__
+    if "_saved_hyperparameters" not in vars(module):
+        raise ConfigurationError(
+            f"self.hparams = … in {name}.__init__ comes before super().__init__(). Call that first."
+        )
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "__init__":  # torch's own __setattr__ lies between
+        frame = frame.f_back
+    from leyden.compat.once import tell
+
+    tell(f"self.hparams = hparams in {name}", "self.save_hyperparameters(hparams)")
+    module._saved_hyperparameters.take(module, frame, given)
 
 
 def begin_logs(loggers: Iterable[Logger], module: LightningModule, datamodule: object) -> None:

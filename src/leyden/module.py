@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from leyden.errors import NoTrainerError, StepError, warn
-from leyden.hparams import AttributeDict, Hyperparameters, load_module
+from leyden.hparams import AttributeDict, Hyperparameters, assign, load_module
 from leyden.module_ranks import ModuleRanks
 from leyden.optimizers import LightningOptimizer, Toggle, clip_gradients
 
@@ -36,7 +36,7 @@ class LightningModule(ModuleRanks):
     into (``on_…``) are on the page of `ModuleHooks`.
 
     Attributes:
-        automatic_optimization: set to False in `__init__` to call `manual_backward` and ``optimizer.step`` yourself.
+        automatic_optimization: False, on the class or in `__init__`, to call `manual_backward` and ``optimizer.step`` yourself.
         example_input_array: an input (or tuple of inputs) of `forward`, for sizes in the summary and for graphs.
         strict_loading: whether a checkpoint must have every key of the state dict, and no other.
     """
@@ -45,6 +45,8 @@ class LightningModule(ModuleRanks):
         "trainer", "current_epoch", "global_step", "global_rank", "local_rank", "device", "dtype", "logger", "loggers",
         "hparams", "hparams_initial", "on_gpu", "device_mesh",
     ]  # fmt: skip
+
+    automatic_optimization: bool = True
 
     if TYPE_CHECKING:  # TorchScript would want to compile these types
         _trainer: Trainer | None
@@ -56,7 +58,6 @@ class LightningModule(ModuleRanks):
 
     def __init__(self) -> None:
         super().__init__()
-        self.automatic_optimization: bool = True
         self.example_input_array: Any = None
         self.strict_loading: bool = True
         # Not through nn.Module's slow __setattr__: these are read on every step.
@@ -159,9 +160,17 @@ class LightningModule(ModuleRanks):
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: LightningOptimizer, optimizer_closure: Callable[[], Any]
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: LightningOptimizer,
+        optimizer_closure: Any,
+        *former: Any,
+        **named: Any,
     ) -> None:
         """Step the optimizer. If you override this, call ``optimizer.step(closure=optimizer_closure)``."""
+        if former or named:  # as of 0.7 to 1.9, with the optimizer's index before the closure and flags after it
+            optimizer_closure = next((each for each in (*former, *named.values()) if callable(each)), None)
         optimizer.step(closure=optimizer_closure)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
@@ -300,11 +309,6 @@ class LightningModule(ModuleRanks):
         for name, value in dictionary.items():
             self.log(name, value, **kwargs)
 
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print once, from the first process only."""
-        if self._trainer is None or self._trainer.is_global_zero:
-            print(*args, **kwargs)
-
     # Hyperparameters and checkpoints
 
     def save_hyperparameters(
@@ -331,10 +335,7 @@ class LightningModule(ModuleRanks):
 
     @hparams.setter
     def hparams(self, values: Mapping[str, Any] | Namespace) -> None:
-        frame = inspect.currentframe()
-        while frame is not None and frame.f_code.co_name != "__init__":  # torch's own __setattr__ lies between
-            frame = frame.f_back
-        self._saved_hyperparameters.take(self, frame, values)
+        assign(self, values)
 
     @property
     def hparams_initial(self) -> AttributeDict:

@@ -21,8 +21,15 @@ class ModuleRanks(ModuleHooks):
 
     if TYPE_CHECKING:  # TorchScript would want to compile this type
 
+        _trainer: Trainer | None
+
         @property
         def trainer(self) -> Trainer: ...  # noqa: D102 in LightningModule
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print once, from the first process only."""
+        if self._trainer is None or self._trainer.is_global_zero:
+            print(*args, **kwargs)
 
     def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
         """Return the tensors of all processes, stacked in a new first dimension of ``world_size``.

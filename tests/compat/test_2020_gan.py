@@ -219,3 +219,63 @@ def test_it_goes_on_from_a_checkpoint_as_if_nothing_had_happened(tmp_path: Path)
     second = made()
     make_trainer(tmp_path, max_epochs=4).fit(second, ckpt_path=tmp_path / "half.ckpt")
     assert_same_weights(second, straight, atol=0)
+
+
+def by_its_closure(self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_idx: int, closure: Any, on_tpu: bool = False,
+                   using_native_amp: bool = False, using_lbfgs: bool = False) -> None:  # fmt: skip
+    optimizer.step(closure=closure)
+
+
+def by_itself(self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_idx: int, opt_closure: Any, on_tpu: bool,
+              using_native_amp: bool, using_lbfgs: bool) -> None:  # fmt: skip
+    optimizer.step()
+
+
+def of_0_7(
+    self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_idx: int, second_order_closure: Any = None
+) -> None:
+    optimizer.step()  # and no zero_grad
+
+
+def by_super(
+    self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_idx: int, closure: Any, *flags: bool
+) -> None:
+    pl.LightningModule.optimizer_step(self, epoch, batch_idx, optimizer, optimizer_idx, closure, *flags)  # type: ignore[call-arg]
+
+
+def by_super_and_names(
+    self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_idx: int, optimizer_closure: Any
+) -> None:
+    pl.LightningModule.optimizer_step(
+        self, epoch, batch_idx, optimizer, optimizer_idx=optimizer_idx, optimizer_closure=optimizer_closure
+    )
+
+
+@pytest.mark.parametrize("step", [by_its_closure, by_itself, of_0_7, by_super, by_super_and_names])
+def test_every_form_of_optimizer_step_is_the_loop_by_hand(tmp_path: Path, step: Any) -> None:
+    torch.manual_seed(3)
+    gan = type("Stepping", (GAN,), {"optimizer_step": step})(Namespace(lr=0.02))
+    make_trainer(tmp_path, max_epochs=2).fit(gan)
+    hand, *_ = by_hand(2)
+    assert_same_weights(gan, hand)
+
+
+def test_gradients_of_a_skipped_batch_are_gone_since_0_8(tmp_path: Path) -> None:
+    def step(self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_idx: int, optimizer_closure: Any) -> None:
+        if optimizer_idx == 1 or batch_idx % 2 == 1:
+            optimizer.step(closure=optimizer_closure)
+
+    torch.manual_seed(3)
+    gan = type("Skipping", (GAN,), {"optimizer_step": step})(Namespace(lr=0.02))
+    make_trainer(tmp_path).fit(gan)
+    hand = made()
+    (opt_g, opt_d), _ = hand.configure_optimizers()
+    for batch_idx in range(6):
+        for index, frozen in ((0, hand.discriminator), (1, hand.generator)):
+            frozen.requires_grad_(False)
+            (opt_g, opt_d)[index].zero_grad()
+            hand.training_step((REAL[batch_idx * SIZE : (batch_idx + 1) * SIZE],), batch_idx, index)["loss"].backward()
+            frozen.requires_grad_(True)
+            if index == 1 or batch_idx % 2 == 1:
+                (opt_g, opt_d)[index].step()
+    assert_same_weights(gan, hand)

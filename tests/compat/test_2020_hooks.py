@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 import leyden as pl
 from leyden.errors import HookError, LeydenWarning
-from leyden.hooks import FORMER_MODULE_HOOKS, is_former
+from leyden.former import is_former
+from leyden.hooks import FORMER_MODULE_HOOKS
 from quiet import make_trainer
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:\[LEY-(former-name|no-val-loader)\]")
@@ -336,7 +337,7 @@ def test_configure_apex_is_told_of_and_not_called(tmp_path: Path) -> None:
     assert ("step", 0) in model.calls
 
 
-def test_hparams_that_are_assigned_stay_the_object_that_they_are(tmp_path: Path) -> None:
+def test_hparams_that_are_assigned_are_saved_as_they_are_in_the_end(tmp_path: Path) -> None:
     class WithDict(Base):
         def __init__(self, hparams: Any) -> None:
             super().__init__()
@@ -344,7 +345,8 @@ def test_hparams_that_are_assigned_stay_the_object_that_they_are(tmp_path: Path)
 
     given = {"lr": 0.5}
     model = WithDict(given)
-    assert model.hparams is given
+    assert model.hparams == given
+    assert model.hparams.lr == 0.5
     model.hparams["batch_size"] = 4  # what is changed later is saved as well
     trainer = make_trainer(tmp_path)
     trainer.fit(model, loader())
@@ -397,3 +399,99 @@ def written(body: str) -> type[Base]:
 )
 def test_the_keys_of_then_are_found_in_the_code_of_a_module(body: str, former: bool) -> None:
     assert is_former(written(body)(), pl.LightningModule, FORMER_MODULE_HOOKS) is former
+
+
+class Of08(pl.Callback):
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        self.calls.append((tuple(batch.shape), batch_idx, dataloader_idx))
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        self.calls.append((tuple(batch.shape), batch_idx, dataloader_idx))
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any, outputs: Any) -> None:
+        self.calls.append([sorted(output) for output in outputs])
+
+
+def test_parameters_in_another_order_are_given_by_their_names(tmp_path: Path) -> None:
+    callback = Of08()
+    make_trainer(tmp_path, callback).fit(Base(), loader(3), loader(2))
+    assert callback.calls == [((2, 3), 0, 0), ((1, 3), 1, 0), ((2, 3), 0, 0), [["loss"], ["loss"]]]
+    assert set(vars(callback)) == {"calls"}
+
+
+def test_one_hook_under_two_names_is_refused(tmp_path: Path) -> None:
+    class Doubled(Old):
+        def validation_epoch_end(self, outputs: Any) -> Any:
+            return {}
+
+    model = Doubled()
+    before = set(vars(model))
+    with pytest.raises(HookError, match=r"Doubled has both validation_epoch_end and validation_end.*Keep one"):
+        make_trainer(tmp_path).fit(model)
+    assert set(vars(model)) == before
+
+
+def test_an_epoch_end_without_a_place_for_the_outputs_is_refused_before_the_first_batch(tmp_path: Path) -> None:
+    class Blind(Base):
+        def validation_epoch_end(self) -> Any:
+            return {}
+
+    model = Blind()
+    with pytest.raises(HookError, match=r"Blind\.validation_epoch_end\(\).*def validation_epoch_end\(self, outputs\)"):
+        make_trainer(tmp_path).fit(model, loader(), loader())
+    assert model.calls == []
+
+
+def test_a_plateau_watches_val_loss_if_it_does_not_say(tmp_path: Path) -> None:
+    class Plateau(Old):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, mode="max")
+            return [optimizer], [self.scheduler]
+
+    model = Plateau()
+    trainer = make_trainer(tmp_path, max_epochs=2)
+    trainer.fit(model)
+    assert trainer.lr_scheduler_configs[0].monitor == "val_loss"
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01)  # the mean of a linear layer fell
+
+
+@pytest.mark.parametrize("way", ["property", "class attribute"])
+def test_manual_optimization_is_chosen_on_the_class(tmp_path: Path, way: str) -> None:
+    class Manual(Base):
+        automatic_optimization = property(lambda self: False) if way == "property" else False  # type: ignore[assignment]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.optimizers().minimize(self.layer(batch).mean())
+
+    model = Manual()
+    trainer = make_trainer(tmp_path)
+    trainer.fit(model, loader())
+    assert trainer.global_step == 2
+    assert Base().automatic_optimization is True
+
+
+def test_a_value_that_cannot_be_logged_is_named_with_the_dict_that_it_was_in(tmp_path: Path) -> None:
+    class Wrong(Base):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"loss": self.layer(batch).mean(), "log": {"picture": batch}}
+
+    with pytest.raises(
+        pl.errors.MetricError, match=r"'picture' in the dict that training_step returned cannot be logged"
+    ):
+        make_trainer(tmp_path).fit(Wrong(), loader())
+
+
+def test_hparams_before_super_init_say_so() -> None:
+    class Hasty(pl.LightningModule):
+        def __init__(self) -> None:
+            self.hparams = {"lr": 1}
+            super().__init__()
+
+    with pytest.raises(ValueError, match=r"self\.hparams = … in Hasty\.__init__ comes before super\(\)\.__init__\(\)"):
+        Hasty()

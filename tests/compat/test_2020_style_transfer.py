@@ -90,9 +90,8 @@ def test_the_picture_is_that_of_the_loop_by_hand(tmp_path: Path) -> None:
 
 
 def test_the_former_backward_is_told_of(tmp_path: Path) -> None:
-    model, trainer = StyleTransfer(Namespace(style_weight=1.0)), make_trainer(tmp_path, limit_train_batches=1)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        trainer.fit(model)
+        make_trainer(tmp_path, limit_train_batches=1).fit(StyleTransfer(Namespace(style_weight=1.0)))
     written = "StyleTransfer.backward(trainer, loss, optimizer, optimizer_idx)"
     assert [each for each in told if written in str(each.message) and "def backward(self, loss)" in str(each.message)]

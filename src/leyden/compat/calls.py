@@ -22,6 +22,7 @@ _MEANT = {
     "epoch_nb": "epoch",
     "current_epoch": "epoch",
     "closure": "optimizer_closure",
+    "opt_closure": "optimizer_closure",
     "second_order_closure": "optimizer_closure",
     "closure_loss": "loss",
 }

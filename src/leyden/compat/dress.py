@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from leyden.callbacks.callback import Callback
 from leyden.compat.calls import Hook, adapted, arguments_of, fits, names_of, needs, spelled, takes
@@ -19,7 +20,14 @@ from leyden.compat.once import tell
 from leyden.compat.results import Results, kept
 from leyden.compat.turns import Turns, split_batch
 from leyden.errors import HookError
-from leyden.hooks import EVENTS, FORMER_CALLBACK_HOOKS, FORMER_MODULE_HOOKS, former_hooks, location, overridden
+from leyden.former import are_former, former_hooks
+from leyden.hooks import (
+    EVENTS,
+    FORMER_CALLBACK_HOOKS,
+    FORMER_MODULE_HOOKS,
+    location,
+    overridden,
+)
 from leyden.module import LightningModule
 from leyden.strategy import Strategy
 from leyden.strategy.ddp import DDPStrategy
@@ -53,6 +61,8 @@ _TODAY = {
     "tng_dataloader": "train_dataloader()",
     "tbptt_split_batch": "split the batch in training_step, with automatic_optimization = False",
     "configure_apex": "Trainer(precision='16-mixed') or 'bf16-mixed', which torch does by itself; it is not called",
+    "get_progress_bar_dict": "self.log(name, value, prog_bar=True); it is not called",
+    "get_tqdm_dict": "self.log(name, value, prog_bar=True); it is not called",
     "configure_ddp": "Trainer(strategy=DDPStrategy(find_unused_parameters=…))",
     "init_ddp_connection": "Trainer(devices=…, num_nodes=…), torchrun or srun, which join the ranks",
 }
@@ -95,11 +105,12 @@ class Dress:
         self._former = former_hooks(module, LightningModule, FORMER_MODULE_HOOKS)
         self._results = Results(module, everything=bool(self._former))
         self._worn: list[tuple[object, str]] = []
+        self._kept: dict[str, bool] = {}
         self._greetings: list[Hook] = []
         self._was_automatic = module.automatic_optimization
         self._step = module.training_step
         self._step_takes = takes(self._step)
-        self._several = False
+        self._several = self._collects = False
         step = self._own("optimizer_step")
         # Of 0.7, if it knows whose turn it is: gradients are there when it is called. That of today computes them in its closure.
         self._former_step = (
@@ -108,6 +119,7 @@ class Dress:
         self._frequencies: list[int] = []
         self._trained: list[list[Any]] = []
         self._turns: Turns | None = None
+        self._check_epoch_ends()
         for name in self._former:
             tell(f"{type(module).__name__}.{name}", _TODAY[name])
         self._dress_moments(module, self._former, ())
@@ -119,12 +131,25 @@ class Dress:
             self._wear("train_dataloader", loader, of=loader)  # type: ignore[arg-type]  # a hook of then
         for callback in callbacks:
             self._dress_callback(callback)
+        if self._collects:
+            self._before("on_train_epoch_start", self._trained.clear, of=None)
+        for name, value in {
+            "use_amp": trainer.precision not in ("32-true", "64-true"),
+            "use_ddp": trainer.world_size > 1,
+            "use_dp": False,
+            "datamodule": trainer.datamodule,
+        }.items():
+            if not hasattr(module, name):
+                vars(module)[name] = value
+                self._worn.append((module, name))
 
     def undo(self) -> None:
         """Leave module and callbacks as the user made them."""
         for owner, name in self._worn:
             vars(owner).pop(name, None)
-        self._module.automatic_optimization = self._was_automatic
+        if self._turns is not None:
+            vars(self._module).pop("automatic_optimization")
+            vars(self._module).update(self._kept)
 
     def greet(self) -> None:
         """Call what callbacks of 2020 have for the moment when a Trainer is made."""
@@ -162,10 +187,12 @@ class Dress:
             if not overridden(owner, name, base) or (event.module_only and base is Callback):
                 continue
             hook = getattr(owner, name)
-            if not fits(hook, today):
+            if not fits(hook, today) or are_former(name, names_of(hook), before):
                 tell(spelled(owner, name, hook), f"{name}({', '.join(today)})")
-                more = ("dataloader_idx",) if event.per_dataloader else ()
-                self._wear(name, adapted(hook, (*today, *more)), hook, owner)
+                self._collects = self._collects or (name == "on_train_epoch_end" and "outputs" in names_of(hook))
+                last = ("dataloader_idx",) if event.per_dataloader else ()
+                more = self._of_epoch if name == "on_train_epoch_end" else dict
+                self._wear(name, adapted(hook, (*today, *last), more), hook, owner)
         for name, places in _PLACES.items():
             for place in places if name in former else ():
                 then = adapted(getattr(owner, name), (*before, *EVENTS[place].arguments))
@@ -177,7 +204,9 @@ class Dress:
     def _dress_callback(self, callback: Callback) -> None:
         former = former_hooks(callback, Callback, FORMER_CALLBACK_HOOKS)
         for name in former:
-            tell(f"{type(callback).__name__}.{name}", _TODAY[name])
+            places = _PLACES.get(name, ())
+            today = [f"{place}({', '.join(('trainer', 'pl_module', *EVENTS[place].arguments))})" for place in places]
+            tell(f"{type(callback).__name__}.{name}", " and ".join(today) or _TODAY[name])
         self._dress_moments(callback, former, ("trainer", "pl_module"))
         self._greetings += [getattr(callback, name) for name in ("on_init_start", "on_init_end") if name in former]
         if "on_keyboard_interrupt" in former:
@@ -196,11 +225,11 @@ class Dress:
         for name, today in _SINGLE.items():
             hook = self._own(name)
             if hook is not None and needs(hook) > len(today):
-                tell(spelled(self._module, name, hook), f"def {name}(self, {', '.join(today)})")
+                if name != "optimizer_step":
+                    tell(spelled(self._module, name, hook), f"def {name}(self, {', '.join(today)})")
                 self._wear(name, adapted(hook, today, self._turn), of=hook)
         if "training_epoch_end" in self._former:
-            end = self._own("training_epoch_end")
-            self._before("on_train_epoch_start", self._trained.clear, of=end)
+            self._collects, end = True, self._own("training_epoch_end")
             self._before("on_train_epoch_end", self._end_epoch, of=end)
 
     def _train_alone(self, batch: Any, batch_idx: int) -> Any:
@@ -219,17 +248,21 @@ class Dress:
         if isinstance(output, int) and output == -1:  # in 0.5: nothing to train on here
             return None
         self._results.publish(output, "training_step")
-        if "training_epoch_end" in self._former and output is not None:
+        if self._collects and output is not None:
             self._trained.extend([] for _ in range(index + 1 - len(self._trained)))
             self._trained[index].append(kept(output if isinstance(output, dict) else {"loss": output}))
         return output
 
+    def _of_epoch(self) -> dict[str, Any]:
+        """What the steps of a training epoch returned: a list, or one for each optimizer."""
+        return {
+            "outputs": list(self._trained[0]) if len(self._trained) == 1 else [list(each) for each in self._trained]
+        }
+
     def _end_epoch(self) -> None:
-        outputs: list[Any] = list(self._trained)
-        self._trained.clear()
         end = self._own("training_epoch_end")
         assert end is not None
-        self._results.publish(end(outputs[0] if len(outputs) == 1 else outputs), "training_epoch_end")
+        self._results.publish(end(self._of_epoch()["outputs"]), "training_epoch_end")
 
     def _configure_optimizers(self, configure: Hook) -> Hook:
         def configure_optimizers() -> Any:
@@ -238,7 +271,7 @@ class Dress:
             self._frequencies = [
                 int(form["frequency"]) for form in forms if isinstance(form, dict) and "frequency" in form
             ]
-            return returned
+            return _watching_val_loss(returned)
 
         return configure_optimizers
 
@@ -248,6 +281,12 @@ class Dress:
         if not self._was_automatic or not (self._several or self._bptt_steps or self._former_step):
             return False
         self._check_turns()
+        if self._former_step is not None:
+            tell(
+                spelled(self._module, "optimizer_step", self._former_step),
+                "def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure), which calls "
+                "optimizer.step(closure=optimizer_closure)",
+            )
         self._turns = Turns(
             self._module,
             self._train,
@@ -258,8 +297,25 @@ class Dress:
             self._own("tbptt_split_batch") or split_batch,
         )
         self._wear("training_step", self._turns.step, of=self._step)
-        self._module.automatic_optimization = False
+        name = "automatic_optimization"
+        self._kept = {name: vars(self._module)[name]} if name in vars(self._module) else {}
+        vars(self._module)[name] = False
         return True
+
+    def _check_epoch_ends(self) -> None:
+        kind = type(self._module).__name__
+        for names in (*_EPOCH_ENDS.values(), ("training_epoch_end",)):
+            present = [name for name in names if name in self._former]
+            if len(present) > 1:
+                raise HookError(
+                    f"{kind} has both {' and '.join(present)}, which are one hook under two names. Keep one."
+                )
+            for hook in map(self._own, present):
+                if hook is not None and (takes(hook) < 1 or needs(hook) > 1):
+                    raise HookError(
+                        f"{spelled(self._module, present[0], hook)} ({location(hook)}) cannot be called with the list of what "
+                        f"the steps returned. Write it as def {present[0]}(self, outputs)."
+                    )
 
     def _check_turns(self) -> None:
         kind = type(self._module).__name__
@@ -278,7 +334,7 @@ class Dress:
                 f"{kind}.training_step(batch, batch_idx, optimizer_idx)",
                 "self.automatic_optimization = False in __init__, and opt.minimize(loss) for each of self.optimizers()",
             )
-        if self._bptt_steps:
+        if self._bptt_steps and self._trainer.truncated_bptt_steps is None:
             tell(
                 "truncated_bptt_steps",
                 "automatic_optimization = False, and a loop over parts of the batch in training_step",
@@ -325,6 +381,18 @@ class Dress:
         outputs: list[Any] = [collected.get(index, []) for index in range(max(collected, default=0) + 1)]
         collected.clear()
         self._results.publish(end(outputs[0] if len(outputs) == 1 else outputs), end.__name__)
+
+
+def _watching_val_loss(returned: Any) -> Any:
+    """``([optimizers], [schedulers])`` with "val_loss" for a `ReduceLROnPlateau` that says nothing: the default of then."""
+    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], (list, tuple))):
+        return returned
+    plateaus = [each for each in returned[1] if isinstance(each, ReduceLROnPlateau)]
+    if not plateaus:
+        return returned
+    tell("[optimizer], [ReduceLROnPlateau(optimizer)]", "[optimizer], [{'scheduler': …, 'monitor': 'val_loss'}]")
+    schedulers = [{"scheduler": each, "monitor": "val_loss"} if each in plateaus else each for each in returned[1]]
+    return returned[0], schedulers
 
 
 def join_ranks(module: LightningModule, strategy: Strategy) -> None:

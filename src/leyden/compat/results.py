@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from leyden.compat.once import tell
+from leyden.errors import MetricError
 
 if TYPE_CHECKING:
     from leyden.module import LightningModule
@@ -44,17 +45,20 @@ class Results:
         elif not self._everything:
             return
         for name, value in {**shown, **logged}.items():
-            self._log(name, value, name in shown, name in logged)
+            self._log(hook, name, value, name in shown, name in logged)
         for name, value in output.items():
             known = name in shown or name in logged or name in _NO_VALUES
             by_user = name in metrics._active and name not in self._flags  # logged by hand as well: their flags count
             if isinstance(name, str) and not known and not by_user and _is_one_number(value):
-                self._log(name, value, name == "loss", False)
+                self._log(hook, name, value, name == "loss", False)
 
-    def _log(self, name: str, value: Any, prog_bar: bool, logger: bool) -> None:
+    def _log(self, hook: str, name: str, value: Any, prog_bar: bool, logger: bool) -> None:
         # What a name was used for first holds: an epoch has one series for each.
         prog_bar, logger = self._flags.setdefault(name, (prog_bar, logger))
-        self._module.log(name, value, prog_bar=prog_bar, logger=logger)
+        try:
+            self._module.log(name, value, prog_bar=prog_bar, logger=logger)
+        except MetricError as error:
+            raise MetricError(f"{name!r} in the dict that {hook} returned cannot be logged: {error}") from error
 
 
 def _is_one_number(value: Any) -> bool:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from leyden.run import Run
 
 _NOTHING = object()
+_SINCE_0_8 = ("optimizer_closure", "on_tpu", "using_native_amp", "using_lbfgs")
 
 
 class Turns:
@@ -54,8 +55,8 @@ class Turns:
         self._module, self._training_step = module, training_step
         self._own_step, self._own_zero_grad = optimizer_step, zero_grad
         self._frequencies, self._bptt_steps, self._split = frequencies, bptt_steps, split
-        # With a closure that it must call, the step of 1.x; without, that of 0.7, which sets gradients to none after the step.
-        self._zeroes_first = optimizer_step is not None and "optimizer_closure" in names_of(optimizer_step)
+        # From 0.8 on gradients of a batch that an override skipped were gone; in 0.7 they piled up.
+        self._zeroes_first = optimizer_step is not None and not {*names_of(optimizer_step)}.isdisjoint(_SINCE_0_8)
         self.optimizer: Optimizer | None = None
         self.index = 0
         self._hiddens: Any = None
@@ -123,6 +124,7 @@ class Turns:
         return closure
 
     def _step(self, run: Run, handle: LightningOptimizer, batch_idx: int, closure: Callable[[], Any]) -> None:
+        before, run.stepped = run.stepped, False
         if self._own_step is not None:
             known = {
                 "epoch": run.progress.epoch,
@@ -135,12 +137,11 @@ class Turns:
                 "using_lbfgs": needs_closure(handle.optimizer),
             }
             self._own_step(*arguments_of(self._own_step, known))
-            return
-        if needs_closure(handle.optimizer):
-            handle.step(closure)
         else:
-            handle.step()
-        self._zero_grad(run, handle, batch_idx)
+            handle.step(*([closure] if needs_closure(handle.optimizer) else []))
+        if run.stepped:  # what an override may have done itself
+            self._zero_grad(run, handle, batch_idx)
+        run.stepped = run.stepped or before
 
     def _zero_grad(self, run: Run, handle: LightningOptimizer, batch_idx: int) -> None:
         for hook in run.hooks.on_before_zero_grad:
