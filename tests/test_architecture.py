@@ -73,6 +73,8 @@ SEAMS = {
     "hparams",
     "callbacks",
     "callbacks.model_checkpoint",
+    "callbacks.callback",
+    "datamodule",
     "callbacks.early_stopping",
     "checkpoint.format",
 }

@@ -194,13 +194,6 @@ WRONG: list[tuple[Any, str, Any, str, str]] = [
     ),
     (Small, "lr_scheduler_step", lambda self, scheduler: None, "(scheduler)", "lr_scheduler_step(scheduler, metric)"),
     (Small, "on_save_checkpoint", lambda self: None, "()", "on_save_checkpoint(checkpoint)"),
-    (
-        Small,
-        "transfer_batch_to_device",
-        lambda self, batch, device: batch,
-        "(batch, device)",
-        "transfer_batch_to_device(batch, device, dataloader_idx)",
-    ),
     (L.Callback, "on_train_start", lambda self: None, "()", "on_train_start(trainer, pl_module)"),
     (
         L.Callback,

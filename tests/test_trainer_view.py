@@ -207,7 +207,7 @@ def test_batches_are_counted_for_each_loader() -> None:
     assert [row[1] for row in observer.rows("on_validation_end")[3:]] == [both]
     assert {str(row[3]) for row in observer.rows("on_test_batch_end")} == {str([TEST_BATCHES])}
     assert {str(row[4]) for row in observer.rows("on_predict_batch_end")} == {str([PREDICT_BATCHES])}
-    assert (trainer.num_test_batches, trainer.num_predict_batches) == ([], [PREDICT_BATCHES])
+    assert (trainer.num_test_batches, trainer.num_predict_batches) == ([TEST_BATCHES], [PREDICT_BATCHES])
 
 
 def test_counts_follow_the_limits() -> None:

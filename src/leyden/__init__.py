@@ -39,6 +39,12 @@ _SUBMODULES = (
     "utilities",
 )
 _FORMER = {"data_loader": "leyden.compat.decorators"}  # not in dir(): for programs that have it, not for new ones
+_FORMER_RESULT = "log with self.log(name, value), and return the loss"
+_ABSENT = {
+    "TrainResult": _FORMER_RESULT,
+    "EvalResult": _FORMER_RESULT,
+    "metrics": "they are a package of their own: import torchmetrics",
+}
 _LATER = dict.fromkeys(("cli", "tuner", "Fabric"), "it is not there yet")
 
 __all__ = [
@@ -59,6 +65,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_PLACES.get(name) or _FORMER[name]), name)
     elif name in _SUBMODULES:
         value = importlib.import_module(f"leyden.{name}")
+    elif name in _ABSENT:
+        importlib.import_module("leyden.errors").no_such_name(__name__, name, _ABSENT)
     else:
         why = f": {_LATER[name]}" if name in _LATER else ""
         raise AttributeError(f"module 'leyden' has no attribute {name!r}{why}")

@@ -126,7 +126,7 @@ def make_resolver(
     resolver.check(datamodule, LightningDataModule)
     if dress is not None:
         dress.greet()
-        resolver.takes_turns = dress.takes_turns
+        resolver.takes_turns, resolver.is_dressed = dress.takes_turns, True
     return resolver
 
 
@@ -246,7 +246,12 @@ def make_run(parts: Parts, reload_loaders: Callable[[Run], None]) -> Run:
     apply_policies(run, settings, parts.resolver.trainer, parts.resolver.callbacks)
     run.handles = _make_handles(run, optimizers)
     run.kernels = _choose_kernels(parts, run, optimizers)
-    if settings.compile:
+    if settings.compile and parts.resolver.is_dressed:
+        warn(
+            "compile-former",
+            f"compile={settings.compile!r}: the run stays in eager, because its hooks are of former days.",
+        )
+    elif settings.compile:
         from leyden.compiled import make_compilation  # torch's compiler takes a second to import
 
         owns = partial(overridden, module, base=LightningModule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -17,12 +18,22 @@ from leyden.hparams import AttributeDict, Hyperparameters, build
 if TYPE_CHECKING:
     from leyden.trainer import Trainer
 
+_FORMER = frozenset({"train_transforms", "val_transforms", "test_transforms", "dims", "size", "has_prepared_data"}) | {
+    f"has_setup_{stage}" for stage in ("fit", "validate", "test", "predict")
+}
+
 
 class LightningDataModule:
     """Where the data comes from: download, split, transform, loaders.
 
     `prepare_data` runs once per machine and may write to disk; `setup` runs in every process before loaders are
     asked for. A loader hook returns a `DataLoader`, any iterable of batches, or several of them in a list or dict.
+
+    Args:
+        train_transforms: this and the following are arguments of former days, kept as attributes and told of.
+        val_transforms: see above.
+        test_transforms: see above.
+        dims: the shape of a sample.
 
     Attributes:
         name: for your own use.
@@ -34,8 +45,39 @@ class LightningDataModule:
     prepare_data_per_node: bool = True
     CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "datamodule_hyper_parameters"
 
-    def __init__(self) -> None:
+    def __init__(
+        self, train_transforms: Any = None, val_transforms: Any = None, test_transforms: Any = None, dims: Any = None
+    ) -> None:
         self.trainer: Trainer | None = None
+        given = (train_transforms, val_transforms, test_transforms, dims)
+        if any(each is not None for each in given):
+            from leyden.compat.former_data import keep
+
+            keep(self, *given)
+
+    if not TYPE_CHECKING:  # else every misspelt attribute would pass for one
+
+        def __getattr__(self, name: str) -> Any:
+            # Only for what is not there: attributes that datamodules had in former days.
+            if name not in _FORMER:
+                return object.__getattribute__(self, name)
+            from leyden.compat.former_data import datamodule_attribute
+
+            return datamodule_attribute(self, name)
+
+    @classmethod
+    def add_argparse_args(cls, parent_parser: ArgumentParser) -> ArgumentParser:
+        """Former way to have the arguments of `__init__` on the command line."""
+        from leyden.compat.argparse_2020 import add_arguments
+
+        return add_arguments(cls, parent_parser)
+
+    @classmethod
+    def from_argparse_args(cls, args: Namespace | ArgumentParser, **kwargs: Any) -> Self:
+        """Former way to make a datamodule from the command line: of ``args`` it takes what its `__init__` knows."""
+        from leyden.compat.argparse_2020 import arguments_from
+
+        return cls(**arguments_from(cls, args, kwargs))
 
     def prepare_data(self) -> None:
         """Download and write to disk; called once per machine, before `setup`."""

@@ -143,3 +143,12 @@ def no_such_name(module: str, name: str, absent: Mapping[str, str]) -> NoReturn:
     if name in absent:
         raise AbsentError(f"{module} has no {name}: {absent[name]}.")
     raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+
+def missing_metric(what: str, key: str, known: Iterable[str]) -> MissingMetricError:
+    """The error for a monitored key that was never logged: it names those that were."""
+    names = sorted(known)
+    listed = ", ".join(map(repr, names)) if names else "nothing: no value has been logged with self.log yet"
+    return MissingMetricError(
+        f"{what} monitors {key!r}, which was not logged. Logged are: {listed}.{did_you_mean(key, names)}"
+    )

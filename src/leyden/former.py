@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import inspect
 from collections.abc import Iterable, Sequence
 from types import CodeType
 from typing import Any
@@ -32,7 +33,7 @@ def is_former(owner: Any, base: type, former: frozenset[str]) -> bool:
     """
     if former_hooks(owner, base, former):
         return True
-    for name, method in own_methods(type(owner), base):
+    for name, method in _methods(type(owner), base):
         code = method.__code__
         if former is FORMER_MODULE_HOOKS and not _FORMER_KEYS.isdisjoint(_dict_keys(code)):
             return True
@@ -44,7 +45,19 @@ def is_former(owner: Any, base: type, former: frozenset[str]) -> bool:
             return True
         if name == "backward" and len(parameters) > 1 and not method.__defaults__:
             return True
+        if name == "transfer_batch_to_device" and len(parameters) == 2:
+            return True
     return False
+
+
+def _methods(cls: type, base: type) -> Iterable[tuple[str, Any]]:
+    """The methods of a class and its parents, other than those of ``base``; of plain mixins too."""
+    for parent in cls.__mro__:
+        if parent not in base.__mro__:
+            for name, value in vars(parent).items():
+                function = inspect.unwrap(getattr(value, "fget", getattr(value, "__func__", value)) or value)
+                if inspect.isfunction(function):
+                    yield name, function
 
 
 def are_former(name: str, parameters: Sequence[str], before: Sequence[str] = ()) -> bool:

@@ -165,6 +165,12 @@ FORMER_CALLBACK_HOOKS = frozenset({
 """Likewise for callbacks."""
 
 
+class Worn(partial[Any]):
+    """A hook of today, among an object's own attributes, that calls one of former days: ``former``."""
+
+    former: Hook | None = None
+
+
 @dataclass
 class HookTable:
     """For each event the bound hooks to call, in order; an empty tuple where nobody listens."""
@@ -214,6 +220,7 @@ class Resolver:
 
     Attributes:
         takes_turns: whether the module's step is one that is called for each of several optimizers, as in 2020.
+        is_dressed: whether hooks of former days are called by such of today.
     """
 
     def __init__(
@@ -232,6 +239,7 @@ class Resolver:
         self.callback_base = callback_base
         self.around = around or (lambda owner, name, hook: hook)
         self.takes_turns: Callable[[Sequence[Any]], bool] = lambda optimizers: False
+        self.is_dressed = False
 
     def table(self) -> HookTable:
         """Resolve the events of training."""
@@ -310,7 +318,8 @@ def overridden(owner: Any, name: str, base: type) -> bool:
 
 def location(hook: Hook) -> str:
     """``file:line`` of a hook's code, or an empty string for what has none, as builtins."""
-    hook = getattr(hook, "former", hook)  # of a hook of today that calls one of former days
+    if isinstance(hook, Worn):
+        hook = hook.former or hook
     code = getattr(inspect.unwrap(getattr(hook, "__func__", hook)), "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
 

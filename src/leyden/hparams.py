@@ -242,7 +242,7 @@ def _positional_only(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
 def load_module(
     cls: type,
     path: str,
-    map_location: str | torch.device,
+    map_location: Any,
     strict: bool | None,
     given: Mapping[str, Any],
     hparams_file: str | os.PathLike[str] | None = None,
@@ -250,10 +250,14 @@ def load_module(
     """Make a module of ``cls`` from a checkpoint; `LightningModule.load_from_checkpoint` documents the arguments."""
     from leyden.checkpoint.format import load_checkpoint
 
-    if hparams_file is not None:
-        from leyden.compat.hparams_file import read_hparams_file
+    if not isinstance(map_location, (str, int, torch.device)):
+        from leyden.compat.map_location import device_of
 
-        given = {**read_hparams_file(hparams_file, cls), **given}
+        map_location = device_of(map_location)
+    if hparams_file is not None or "hparam_overrides" in given or "hparams_overrides" in given:
+        from leyden.compat.hparams_file import with_former_hparams
+
+        given = with_former_hparams(cls, given, hparams_file)
     # The state of training is three times the weights, and nobody else could want it.
     wanted_by = next(base for base in cls.__mro__ if "on_load_checkpoint" in vars(base))
     weights_only = wanted_by.__module__.startswith("leyden.")

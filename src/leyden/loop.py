@@ -227,17 +227,13 @@ def step_boundary(run: Run) -> None:
         with run.account.spent_on("logging"):
             run.outlet.send(run.metrics.step_values(), progress.global_step)
         run.account.sample_device()
-    validates = run.schedule is not None and run.schedule.pay()
-    if validates:
+    if run.schedule is not None and run.schedule.pay():
         with run.account.spent_on("validation"):
             validate(run)
     if stepped and run.step_schedulers:
         run.step_plateau_schedulers(run.step_schedulers, progress.global_step)
     if run.agreement is not None and not run.is_last_batch and run.agreement.is_due(progress.total_batches):
         run.agreement.reach(run)
-    if not validates and run.is_to_stop_early():  # as an epoch's end would, for those who look at its values
-        with run.account.spent_on("validation"):
-            validate(run)
     # Last, so that a run that goes on from a checkpoint misses nothing of this boundary. After an epoch's last batch its
     # end serves them, so that a checkpoint is of a whole epoch.
     if run.requests and not run.is_last_batch:

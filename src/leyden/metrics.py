@@ -6,7 +6,7 @@ several ranks `over_ranks`, which does the same before it gathers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from leyden.data.transfer import batch_size_of
-from leyden.errors import MetricError, MissingMetricError, did_you_mean, warn
+from leyden.errors import MetricError, did_you_mean, missing_metric, no_such_name, warn
 from leyden.metrics_state import restore_metric_objects
 from leyden.series import (
     NAMED_REDUCTIONS,
@@ -491,10 +491,9 @@ def as_tensors(values: Mapping[str, Value]) -> dict[str, Tensor]:
     return {name: value if isinstance(value, Tensor) else torch.tensor(float(value)) for name, value in values.items()}
 
 
-def missing_metric(what: str, key: str, known: Iterable[str]) -> MissingMetricError:
-    """The error for a monitored key that was never logged: it names those that were."""
-    names = sorted(known)
-    listed = ", ".join(map(repr, names)) if names else "nothing: no value has been logged with self.log yet"
-    return MissingMetricError(
-        f"{what} monitors {key!r}, which was not logged. Logged are: {listed}.{did_you_mean(key, names)}"
+def __getattr__(name: str) -> object:
+    # For programs of 2020, whose metrics were at this place.
+    former = name[:1].isupper() or name == "functional"
+    return no_such_name(
+        __name__, name, {name: f"metrics are a package of their own: torchmetrics.{name}"} if former else {}
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from leyden.errors import NoTrainerError, StepError, warn
+from leyden.hooks import Worn
 from leyden.hparams import AttributeDict, Hyperparameters, assign, load_module
 from leyden.module_ranks import ModuleRanks
 from leyden.optimizers import LightningOptimizer, Toggle, clip_gradients
@@ -352,7 +353,7 @@ class LightningModule(ModuleRanks):
     def load_from_checkpoint(
         cls,
         checkpoint_path: str,
-        map_location: str | torch.device = "cpu",
+        map_location: Any = "cpu",
         hparams_file: str | os.PathLike[str] | None = None,
         strict: bool | None = None,
         weights_only: bool | None = None,
@@ -363,7 +364,7 @@ class LightningModule(ModuleRanks):
         Args:
             checkpoint_path: the file.
             map_location: where to put the tensors.
-            hparams_file: a ``.csv`` or ``.yaml`` file with hyperparameters, for checkpoints of former days that hold none.
+            hparams_file: a ``.csv`` or ``.yaml`` file with hyperparameters, for old checkpoints that hold none.
             strict: whether all keys must match; default: the module's `strict_loading`.
             weights_only: accepted for compatibility; no pickle is ever run.
             **kwargs: arguments of `__init__` that the checkpoint does not hold, or that replace those it holds.
@@ -371,14 +372,12 @@ class LightningModule(ModuleRanks):
         Raises:
             CheckpointError: if the file cannot be read or does not fit, or an argument is missing.
         """
-        more = hparams_file or kwargs.pop("tags_csv", None)
-        module: Self = load_module(cls, str(checkpoint_path), map_location, strict, kwargs, more)
+        hparams_file = hparams_file or kwargs.pop("tags_csv", None)
+        module: Self = load_module(cls, str(checkpoint_path), map_location, strict, kwargs, hparams_file)
         return module
 
     @classmethod
-    def load_from_metrics(
-        cls, weights_path: str, tags_csv: str, map_location: str | torch.device = "cpu", **kwargs: Any
-    ) -> Self:
+    def load_from_metrics(cls, weights_path: str, tags_csv: str, map_location: Any = "cpu", **kwargs: Any) -> Self:
         """Former spelling of `load_from_checkpoint` with ``hparams_file``."""
         from leyden.compat.once import tell
 
@@ -495,5 +494,6 @@ class LightningModule(ModuleRanks):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy, or a module sent to another process, does not take its Trainer along.
-        return {**self.__dict__, "_trainer": None, "_run": None, "_metrics": None}
+        # A copy, or a module sent to another process, does not take its Trainer along, nor what it wears for a run.
+        own = {name: value for name, value in self.__dict__.items() if not isinstance(value, Worn)}
+        return {**own, "_trainer": None, "_run": None, "_metrics": None}

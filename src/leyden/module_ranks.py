@@ -20,7 +20,6 @@ class ModuleRanks(ModuleHooks):
     """
 
     if TYPE_CHECKING:  # TorchScript would want to compile this type
-
         _trainer: Trainer | None
 
         @property

@@ -406,6 +406,8 @@ class LightningOptimizer:
         load_gradients(self.optimizer, state["gradients"])
 
     def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":  # in a copy that is being made
+            raise AttributeError(name)
         return getattr(self.optimizer, name)
 
     def __repr__(self) -> str:

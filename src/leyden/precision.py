@@ -82,6 +82,24 @@ PRECISIONS = {
 _ALIASES = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
+class PrecisionName(str):
+    """A precision's name, which equals its short forms too: ``"16-mixed" == 16``, as programs of former days compare.
+
+    Its hash is that of the name: in a set or a dict only the name is found.
+    """
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, int) and not isinstance(other, bool):
+            other = str(other)
+        return isinstance(other, str) and str.__eq__(self, _ALIASES.get(str(other), str(other)))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
 def resolve_precision(precision: object) -> Precision:
     """Turn the Trainer's ``precision`` argument into a `Precision`.
 

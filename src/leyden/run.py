@@ -312,13 +312,6 @@ class Run:
             return False
         return self.progress.epoch >= self.min_epochs and self.progress.global_step >= self.min_steps
 
-    def is_to_stop_early(self) -> bool:
-        """Whether training ends within an epoch because somebody asked for it, and such an epoch is validated."""
-        if self.schedule is None or not self.should_stop or self.is_last_batch or not self.stop_reached():
-            return False
-        every = self.schedule.every_n_epochs
-        return every is None or (self.progress.epoch + 1) % every == 0
-
     def serve_requests(self) -> None:
         """Do what callbacks asked for, now that the state is that of a whole step."""
         while self.requests:

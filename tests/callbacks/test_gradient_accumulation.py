@@ -56,7 +56,7 @@ def test_two_sources_are_refused_but_a_second_fit_is_not() -> None:
 
 
 def test_manual_optimization_is_refused() -> None:
-    trainer: Any = SimpleNamespace(accumulate_grad_batches=1, current_epoch=0)
+    trainer: Any = SimpleNamespace(accumulate_grad_batches=1, current_epoch=0, _takes_turns=False)
     manual: Any = SimpleNamespace(automatic_optimization=False)
     with pytest.raises(ConfigurationError, match="automatic"):
         GradientAccumulationScheduler({0: 2}).on_train_start(trainer, manual)

@@ -76,14 +76,16 @@ def test_method_on_the_instance() -> None:
     assert calls == [["p0", "p1"]]
 
 
-def test_predictions_that_were_not_kept() -> None:
+@pytest.mark.parametrize(("interval", "wants"), [("batch", False), ("epoch", True), ("batch_and_epoch", True)])
+def test_predictions_are_kept_for_those_who_write_them_all(interval: Any, wants: bool) -> None:
+    assert Writer(interval).wants_all is wants
+
+
+def test_nothing_was_to_be_predicted() -> None:
     trainer: Any = SimpleNamespace(predictions=[], epoch_batch_indices=[])
     writer = Writer("epoch")
     writer.on_predict_epoch_end(trainer, None)  # type: ignore[arg-type]
-    assert writer.calls == [([], [])]  # there was nothing to predict
-    writer.on_predict_batch_end(trainer, None, "p", "b", 0)  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="return_predictions=True"):
-        writer.on_predict_epoch_end(trainer, None)  # type: ignore[arg-type]
+    assert writer.calls == [([], [])]
 
 
 def test_bad_interval() -> None:

@@ -32,8 +32,10 @@ from leyden.compat.migrate.notes import Note
 from leyden.compat.migrate.objects import TRAINER_ATTRIBUTES
 from leyden.compat.migrate.rewriting import rewrite
 from leyden.compat.migrate.trainer_arguments import FORMER, STRATEGIES, TODAY
+from leyden.demos.boring_classes import BoringModel
 from leyden.errors import ConfigurationError
 from leyden.strategy import STRATEGIES as LEYDENS_STRATEGIES
+from quiet import make_trainer
 
 PROGRAMS = Path(__file__).parent / "migrate"
 ROOT = Path(__file__).resolve().parents[2]
@@ -287,6 +289,21 @@ def test_imports(before: str) -> None:
             "from pytorch_lightning.metrics import Accuracy",
         ),
         ("import pl_bolts", "import pl_bolts", "import pl_bolts"),
+        (
+            "from pytorch_lightning.core.decorators import auto_move_data\n@auto_move_data\ndef f(x): pass",
+            "from pytorch_lightning.core.decorators import auto_move_data\n@auto_move_data\ndef f(x): pass",
+            "from pytorch_lightning.core.decorators import auto_move_data",
+        ),
+        (
+            "from pytorch_lightning.utilities.cloud_io import load as pl_load\npl_load(path)",
+            "from pytorch_lightning.utilities.cloud_io import load as pl_load\npl_load(path)",
+            "from pytorch_lightning.utilities.cloud_io import load",
+        ),
+        (
+            "from pytorch_lightning.core import grads",
+            "from pytorch_lightning.core import grads",
+            "from pytorch_lightning.core import grads",
+        ),
         ("from pytorch_lightning import *", "from leyden import *", "from pytorch_lightning import *"),
         (
             "from pytorch_lightning.tuner.tuning import Tuner",
@@ -306,6 +323,26 @@ def test_what_leyden_has_not_is_listed_and_stays(before: str, after: str, what: 
     assert note.what == what
     assert note.write
     assert [each.write for each in rewrite(after).notes][:1] in ([note.write], []) or "*" in what
+
+
+def test_what_is_said_of_functions_that_are_gone() -> None:
+    found = notes("""
+        from pytorch_lightning.core.decorators import auto_move_data
+        from pytorch_lightning.utilities import cloud_io
+        import pytorch_lightning as pl
+        pl.utilities.cloud_io.load(path)
+        from pytorch_lightning.core import grads
+        from leyden.core.decorators import auto_move_data
+        """)
+    assert [note.line for note in found] == [1, 2, 4, 5, 6]
+    moved, loaded, again_, inside, once_more = (note.write for note in found)
+    assert "batch, self.device, 0" in moved
+    assert "trainer.predict" in moved
+    assert moved == once_more
+    assert loaded == again_
+    assert loaded.startswith("leyden.load_checkpoint(path) for load")
+    assert callable(leyden.load_checkpoint)
+    assert "has no grads" in inside
 
 
 def test_the_table_of_names_is_leydens() -> None:
@@ -356,7 +393,20 @@ ARGUMENTS = {
     "callbacks=[a], early_stop_callback=True": 'callbacks=[a, pl.callbacks.EarlyStopping("val_loss", patience=3)]',
     "callbacks=None, early_stop_callback=True": 'callbacks=[pl.callbacks.EarlyStopping("val_loss", patience=3)]',
     "checkpoint_callback=False": "enable_checkpointing=False",
-    "checkpoint_callback=pl.callbacks.ModelCheckpoint()": "callbacks=[pl.callbacks.ModelCheckpoint()]",
+    "checkpoint_callback=pl.callbacks.ModelCheckpoint(monitor='a')": "callbacks=[pl.callbacks.ModelCheckpoint(monitor='a')]",
+    "checkpoint_callback=pl.callbacks.ModelCheckpoint(monitor='val_acc')": (
+        "callbacks=[pl.callbacks.ModelCheckpoint(monitor='val_acc', mode=\"max\")]"
+    ),
+    "early_stop_callback=pl.callbacks.EarlyStopping('val_acc')": (
+        "callbacks=[pl.callbacks.EarlyStopping('val_acc', mode=\"max\")]"
+    ),
+    "early_stop_callback=pl.callbacks.EarlyStopping('val_acc', mode='min')": (
+        "callbacks=[pl.callbacks.EarlyStopping('val_acc', mode='min')]"
+    ),
+    "callbacks=[pl.callbacks.EarlyStopping('val_acc')]": "callbacks=[pl.callbacks.EarlyStopping('val_acc')]",
+    "checkpoint_callback=True, callbacks=[pl.callbacks.ModelCheckpoint()]": (
+        "enable_checkpointing=True, callbacks=[pl.callbacks.ModelCheckpoint()]"
+    ),
     "overfit_pct=0.1": "limit_train_batches=0.1, limit_val_batches=0.1, limit_test_batches=0.1",
     "overfit_pct=0": "",
     "train_percent_check=1, val_percent_check=0.5": "limit_train_batches=1.0, limit_val_batches=0.5",
@@ -405,13 +455,25 @@ LISTED = {
     "distributed_backend='horovod'": "strategy=…, one of",
     "strategy='deepspeed_stage_2'": "strategy=…, one of",
     "checkpoint_callback=make()": "callbacks=[make()]",
-    "early_stop_callback=flag": "callbacks=[flag]",
+    "checkpoint_callback=True": 'callbacks=[ModelCheckpoint(monitor="val_loss")]; if val_loss is not logged, enable',
+    "callbacks=[a], checkpoint_callback=True": 'callbacks=[…, ModelCheckpoint(monitor="val_loss")]',
+    "checkpoint_callback=pl.callbacks.ModelCheckpoint()": 'monitor="val_loss"',
+    "early_stop_callback=pl.callbacks.EarlyStopping(name)": 'mode="min", or "max"',
+    "early_stop_callback=flag": "callbacks=[flag]; callbacks=[EarlyStopping(",
+    "early_stop_callback=es if c else None": "callbacks=[es] if c else []",
+    "early_stop_callback=None if c else es": "callbacks=[] if c else [es]",
+    "early_stop_callback=es if c else False, callbacks=[a]": "callbacks=[…, *([es] if c else [])]",
+    "checkpoint_callback=ck if c else False": "callbacks=[ck] if c else [], enable_checkpointing=bool(c)",
+    "checkpoint_callback=False if c else ck": "callbacks=[] if c else [ck], enable_checkpointing=not (c)",
+    "checkpoint_callback=ck if c else None": "callbacks=[ck] if c else []",
     "resume_from_checkpoint=path": "trainer.fit(model, ckpt_path=path)",
     "track_grad_norm=2": "self.log_dict(leyden.utilities.grad_norm(self, 2))",
     "truncated_bptt_steps=5": "self.automatic_optimization = False",
     "auto_lr_find=True": "by hand",
     "weights_save_path='w'": "ModelCheckpoint(dirpath=…)",
-    "log_gpu_memory='all'": "GPUMemory",
+    "log_gpu_memory='all'": "GPUMemory('all')",
+    "log_gpu_memory='min_max'": "GPUMemory('min_max')",
+    "log_gpu_memory=True": 'GPUMemory("all")',
     "print_nan_grads=True": 'nan_policy="raise"',
     "weights_summary=level": "enable_model_summary=False",
     "multiple_trainloader_mode='min_size'": "CombinedLoader",
@@ -444,7 +506,6 @@ def test_every_argument_is_known() -> None:
     # what is still an argument of Lightning's, or never was one of 2020
     assert FORMER - set(FORMER_NAMES) == {
         "num_gpu_nodes",
-        "automatic_optimization",
         "enable_autolog_hparams",
         "model_registry",
     }
@@ -558,6 +619,14 @@ def test_callbacks_that_are_put_in_are_imported() -> None:
         ("ModelCheckpoint(monitor='val_acc', mode='auto')", "ModelCheckpoint(monitor='val_acc', mode=\"max\")"),
         ("ModelCheckpoint('folder', '{epoch}', 'loss')", "ModelCheckpoint('folder', '{epoch}', 'loss')"),
         ("ModelCheckpoint(save_best_only=False)", "ModelCheckpoint(save_top_k=-1)"),
+        (
+            "ModelCheckpoint(filepath=f'a/{x}/{{epoch:02d}}_{{val_loss:.2f}}', monitor='b')",
+            "ModelCheckpoint(dirpath=f'a/{x}', filename='{epoch:02d}_{val_loss:.2f}', monitor='b')",
+        ),
+        (
+            'ModelCheckpoint(filepath=f"kept/{{epoch}}_{x}", monitor="val_acc")',
+            'ModelCheckpoint(dirpath="kept", filename=f"{{epoch}}_{x}", monitor="val_acc", mode="max")',
+        ),
         ("EarlyStopping('val_loss', mode='auto')", "EarlyStopping('val_loss', mode=\"min\")"),
         ("EarlyStopping(patience=5)", 'EarlyStopping(patience=5, monitor="val_loss")'),
         ("EarlyStopping()", 'EarlyStopping(monitor="val_loss")'),
@@ -577,10 +646,16 @@ def test_callbacks_that_need_a_hand() -> None:
         ModelCheckpoint(filepath="a/{epoch}")
         ModelCheckpoint(prefix="x")
         ModelCheckpoint(monitor=name, mode="auto")
+        ModelCheckpoint(filepath=f"{folder}{{epoch}}", monitor="a")
+        ModelCheckpoint(filepath=f"/{{epoch}}", monitor="a")
+        ModelCheckpoint(filepath=f"a{{epoch}}/{{epoch}}", monitor="a")
+        ModelCheckpoint(filepath=fr"a\\b/{{epoch}}", monitor="a")
         """)
     assert [(note.line, note.what.split("=")[0]) for note in found] == [
         (2, "filepath"), (3, "filepath"), (4, "ModelCheckpoint(…) without monitor"), (5, "prefix"), (6, "mode"),
+        (7, "filepath"), (8, "filepath"), (9, "filepath"), (10, "filepath"),
     ]  # fmt: skip
+    assert "if it is a folder; else its folder as dirpath=…" in found[1].write
 
 
 def test_what_is_called_on_a_trainer() -> None:
@@ -643,6 +718,65 @@ def test_methods_that_need_a_hand() -> None:
     assert [note.line for note in found] == [3, 4, 5, 6, 7]
 
 
+def test_what_a_checkpoint_is_loaded_with() -> None:
+    before = text("""
+        from leyden import LightningModule
+        LightningModule.load_from_checkpoint(p, map_location=lambda storage, loc: storage)
+        LightningModule.load_from_checkpoint(p, map_location=lambda storage, loc: storage.cuda())
+        LightningModule.load_from_checkpoint(p, map_location={"cuda:1": "cuda:0"})
+        LightningModule.load_from_checkpoint(p, map_location=device)
+        LightningModule.load_from_checkpoint(p, hparam_overrides={"lr": 0.1, "n": 3})
+        LightningModule.load_from_checkpoint(p, hparams_overrides=more)
+        torch.load(p, map_location=lambda storage, loc: storage.cuda())
+        """)
+    assert again(before) == before.replace("lambda storage, loc: storage)", '"cpu")', 1)
+    found = notes(before)
+    assert [(note.line, note.what.split("=")[0]) for note in found] == [
+        (3, "map_location"), (4, "map_location"), (6, "hparam_overrides"), (7, "hparams_overrides"),
+    ]  # fmt: skip
+    assert [note.write for note in found[2:]] == ["lr=0.1, n=3", "**more"]
+
+
+def test_a_precision_that_is_compared() -> None:
+    found = notes("""
+        import leyden as pl
+        def f(self, trainer, other):
+            if trainer.precision == 16 and self.trainer.precision != "bf16": pass
+            if trainer.precision in (16, 64): pass
+            if 32 == trainer.precision: pass
+            if trainer.precision == "16-mixed" or other.precision == 16 or trainer.max_epochs == 16: pass
+        """)
+    assert [(note.line, note.what, note.write) for note in found] == [
+        (3, 'self.trainer.precision != "bf16"', 'self.trainer.precision compared with "bf16-mixed"'),
+        (3, "trainer.precision == 16", 'trainer.precision compared with "16-mixed"'),
+        (4, "trainer.precision in (16, 64)", 'trainer.precision compared with "16-mixed" and "64-true"'),
+        (5, "32 == trainer.precision", 'trainer.precision compared with "32-true"'),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("returned", "lines"),
+    [
+        ("[o], [ReduceLROnPlateau(o)]", [6]),
+        ("[o], [s]", [6]),
+        ("[o], [{'scheduler': s, 'interval': 'epoch'}]", [6]),
+        ("{'optimizer': o, 'lr_scheduler': torch.optim.lr_scheduler.ReduceLROnPlateau(o)}", [6]),
+        ("[o], [{'scheduler': s, 'monitor': 'a'}]", []),
+        ("{'optimizer': o, 'lr_scheduler': s, 'monitor': 'a'}", []),
+        ("{'optimizer': o, 'lr_scheduler': {'scheduler': s}, 'monitor': 'a'}", []),
+        ("{'optimizer': o, 'lr_scheduler': {'scheduler': s, **more}}", []),
+        ("[o], [{'scheduler': StepLR(o, 1)}]", []),
+        ("o", []),
+    ],
+)
+def test_a_plateau_without_monitor(returned: str, lines: list[int]) -> None:
+    head = "import leyden as L\nclass Net(L.LightningModule):\n    def configure_optimizers(self):\n"
+    body = f"        o = make()\n        s = ReduceLROnPlateau(o)\n        return {returned}\n"
+    assert [note.line for note in rewrite(head + body).notes] == lines
+    watched = body.replace("        return", "        d['monitor'] = 'a'\n        return")
+    assert [note.line for note in rewrite(head + watched).notes] == [line + 1 for line in lines if "{" not in returned]
+
+
 # Hooks
 
 HOOKS = {
@@ -675,6 +809,12 @@ HOOKS = {
     ),
     "def on_validation_batch_end(self, o, b, i, dataloader_idx):\n        pass": (
         "def on_validation_batch_end(self, o, b, i, dataloader_idx=0):\n        pass"
+    ),
+    "def on_validation_batch_end(self, batch, batch_idx, dataloader_idx: int):\n        batch": (
+        "def on_validation_batch_end(self, outputs, batch, batch_idx, dataloader_idx: int = 0):\n        batch"
+    ),
+    "def on_train_batch_end(self, batch, batch_idx, dataloader_idx):\n        batch": (
+        "def on_train_batch_end(self, outputs, batch, batch_idx):\n        batch"
     ),
     "# loads\n    @pl.data_loader  # 2019\n    def val_dataloader(self):\n        pass": (
         "# loads\n    # 2019\n    def val_dataloader(self):\n        pass"
@@ -721,6 +861,130 @@ def test_hooks_of_callbacks() -> None:
     assert "def on_train_epoch_start(self, t, m):" in new
     assert "def on_train_batch_end(self, t, m, outputs, batch, batch_idx):" in new
     assert [(note.line, note.what) for note in rewrite(before).notes] == [(4, "on_batch_end(trainer, pl_module)")]
+
+
+BATCH_ENDS = """
+from {} import Callback
+
+class Seen(Callback):
+    def on_train_batch_end(self, trainer, pl_module, {}):
+        self.batches.append((batch_idx, len(batch)))
+
+    def on_validation_batch_end(self, trainer, pl_module, {}):
+        super().on_validation_batch_end(trainer, pl_module, {})
+        self.batches.append((batch_idx, len(batch)))
+"""
+
+
+def test_batch_ends_of_callbacks_that_were_not_given_outputs(tmp_path: Path) -> None:
+    then = "batch, batch_idx, dataloader_idx"
+    after = again(BATCH_ENDS.format("pytorch_lightning", then, then, then))
+    today = "outputs, batch, batch_idx"
+    assert after == BATCH_ENDS.format(
+        "leyden", today, f"{today}, dataloader_idx=0", "outputs, batch, batch_idx, dataloader_idx"
+    )
+    (tmp_path / "seen.py").write_text(after, encoding="utf-8")
+    seen = runpy.run_path(str(tmp_path / "seen.py"))["Seen"]()
+    seen.batches = []
+    runner = make_trainer(tmp_path, seen, limit_train_batches=2, limit_val_batches=1)
+    runner.fit(BoringModel())
+    assert [index for index, _ in seen.batches] == [0, 1, 0]
+
+
+def test_batch_ends_that_need_a_hand() -> None:
+    found = notes("""
+        from leyden import Callback
+        class A(Callback):
+            def on_train_batch_end(self, trainer, pl_module, batch, batch_idx, dataloader_idx): print(dataloader_idx)
+            def on_test_batch_end(self, trainer, pl_module, batch, batch_idx, dataloader_idx): print(outputs)
+        class B(Callback):
+            def on_train_batch_end(self, trainer, pl_module, a, b, c): pass
+            def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx): pass
+        """)
+    assert [(note.line, note.write) for note in found] == [
+        (3, "def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx)"),
+        (4, "def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0)"),
+    ]
+
+
+def test_the_state_of_callbacks() -> None:
+    found = notes("""
+        from leyden import Callback
+        class A(Callback):
+            def on_save_checkpoint(self, trainer, pl_module): return {}
+            def on_load_checkpoint(self, state): pass
+        class B(Callback):
+            def on_save_checkpoint(self, trainer, pl_module, checkpoint): return {"n": 1}
+            def on_load_checkpoint(self, trainer, pl_module, callback_state): pass
+        class C(Callback):
+            def on_save_checkpoint(self, trainer, pl_module, checkpoint): checkpoint["n"] = 1
+            def on_load_checkpoint(self, *given): pass
+        """)
+    assert [note.line for note in found] == [3, 4, 6, 7]
+    assert {note.write for note in found} == {"state_dict(self) and load_state_dict(self, state)"}
+
+
+def test_a_step_that_is_passed_on() -> None:
+    found = notes("""
+        from leyden import LightningModule
+        class Net(LightningModule):
+            def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_idx, closure):
+                super().optimizer_step(epoch, batch_idx, optimizer, optimizer_idx, closure)
+        class Other(LightningModule):
+            def optimizer_step(self, *args, **kwargs):
+                super().optimizer_step(*args, **kwargs)
+        class Third(LightningModule):
+            def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+                super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure=optimizer_closure)
+        """)
+    assert [(note.line, note.what.split("(")[0]) for note in found] == [(3, "optimizer_step"), (4, "super")]
+    assert found[1].write == "super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)"
+
+
+EPOCH_ENDS = (PROGRAMS / "epoch_ends_before.txt").read_text("utf-8")
+
+
+def done_by_the_list(code: str) -> str:
+    """What is listed of the ends of epochs, done to the letter: the list is made, filled in the step, and used."""
+    hint = re.compile(
+        r"(self\.\w+ = .+) in (on_\w+?)(?:, one list per loader)?; (self\..+\.append\(result\)) in (\w+), .*; and\n(.*)\n    …",
+        re.DOTALL,
+    )
+    for note in rewrite(code).notes:
+        found = hint.match(note.write)
+        assert found is not None, note
+        made, start, kept, step, head = found.groups()
+        former = f"    def {note.what.replace('(', '(self, ')}:\n"
+        assert code.count(former) == 1
+        hook = head.replace("\n", "\n    ")
+        code = code.replace(former, f"    def {start}(self):\n        {made}\n\n    {hook}\n")
+        before, body = code.split(f"    def {step}(")
+        detached = kept.replace("result", "{name: value.detach() for name, value in result.items()}")
+        body = body.replace("        return result", f"        {detached}\n        return result", 1)
+        code = f"{before}    def {step}({body}"
+    return code
+
+
+def test_the_list_of_epoch_ends_is_right_to_the_letter(tmp_path: Path) -> None:
+    values = []
+    for name, code in (("before", EPOCH_ENDS), ("after", done_by_the_list(again(EPOCH_ENDS)))):
+        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
+        leyden.seed_everything(3)
+        once.forget()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"\[LEY-former-name\]")
+            net = runpy.run_path(str(tmp_path / f"{name}.py"))["Net"]()
+            runner = make_trainer(tmp_path, max_epochs=2, num_sanity_val_steps=2, val_check_interval=0.5)
+            runner.fit(net)
+            found = dict(runner.callback_metrics)
+            values.append({**found, **runner.test(net, verbose=False)[0]})
+    then, now = ({key: float(value) for key, value in each.items()} for each in values)
+    del then["loss"]  # what else is in the dicts is logged in the former way alone
+    assert {"train_mean", "train_batches", "val_mean", "val_loaders", "test_mean"} <= set(then)
+    assert then == now
+    assert now["train_batches"] == 6
+    assert now["val_loaders"] == 2
+    assert not rewrite((tmp_path / "after.py").read_text("utf-8")).notes
 
 
 def test_hooks_that_need_a_hand() -> None:

@@ -86,6 +86,8 @@ def __getattr__(name: str) -> object:
         from leyden.compat.former_callbacks import class_of_today
 
         name = class_of_today(name)
+    if name == "base":
+        return import_module("leyden.callbacks.base")
     if name not in _MODULES:
         no_such_name(__name__, name, _ABSENT)
     value: object = getattr(import_module(f"{__name__}.{_MODULES[name]}"), _FORMER.get(name, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -24,6 +25,20 @@ class Callback:
 
     monitors_epoch: ClassVar[bool] = False
     """Whether `on_train_epoch_end` must run after the module's own, because it reads what that one logs."""
+    _former: ClassVar[Mapping[str, str]] = {}
+    """Attributes of former days, with what they are today."""
+
+    if not TYPE_CHECKING:  # else every misspelt attribute would pass for one
+
+        def __getattr__(self, name: str) -> Any:
+            # Only for what is not there.
+            today = type(self)._former.get(name)
+            if today is None:
+                return object.__getattribute__(self, name)
+            from leyden.compat.once import tell
+
+            tell(f"{type(self).__name__}.{name}", f"{type(self).__name__}.{today}")
+            return getattr(self, today)
 
     @property
     def state_key(self) -> str:

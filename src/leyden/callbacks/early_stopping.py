@@ -61,6 +61,7 @@ class EarlyStopping(Callback):
     """
 
     monitors_epoch: ClassVar[bool] = True
+    _former = {"wait": "wait_count", "best": "best_score"}  # noqa: RUF012 read only
 
     def __init__(
         self,

@@ -51,7 +51,7 @@ class GradientAccumulationScheduler(Callback):
                 f"The Trainer was given accumulate_grad_batches={trainer.accumulate_grad_batches} and a "
                 f"GradientAccumulationScheduler({self.scheduling}). Keep one of them."
             )
-        if not getattr(pl_module, "automatic_optimization", True):
+        if not getattr(pl_module, "automatic_optimization", True) and not trainer._takes_turns:
             raise ConfigurationError(
                 "GradientAccumulationScheduler needs automatic optimization. With automatic_optimization=False, "
                 "accumulate in training_step and remove the callback."

@@ -95,6 +95,7 @@ class ModelCheckpoint(Callback):
     CHECKPOINT_EQUALS_CHAR = "="
     FILE_EXTENSION = ".ckpt"
     STARTING_VERSION = 1
+    _former = {"best": "best_model_score", "best_model": "best_model_path", "kth_best_model": "kth_best_model_path"}  # noqa: RUF012
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ ABSENT = {
     "distributed_sampler_kwargs": "samples are divided among processes without DistributedSampler; strategy.data_world_size and "
     "strategy.data_rank are what one of your own needs",
     "enable_autolog_hparams": "hyperparameters are logged unless save_hyperparameters(logger=False) says otherwise",
+    "split_idx": "parts of a sequence are not numbered; tbptt_split_batch(batch, split_size) cuts them, and can number them",
     "tune": "the Tuner is not there yet",
     "tuner": "the Tuner is not there yet",
 }

@@ -16,8 +16,7 @@ from leyden.callbacks import (
 from leyden.callbacks.checkpoint_name import folder_path
 from leyden.compat import former_devices
 from leyden.compat.former_callbacks import auto_mode
-from leyden.compat.once import tell
-from leyden.compat.translation import Translation, fill
+from leyden.compat.translation import Translation
 from leyden.compat.watchers import GPUMemory, GradientNorms, NaNGradients, ValLossIfLogged
 from leyden.errors import ConfigurationError, UnknownArgumentError, did_you_mean, reject
 
@@ -102,8 +101,7 @@ def modernise(asked: dict[str, Any], others: dict[str, Any]) -> Modern:
             translate(made, made.take(name))
     _former_values(made)
     made.arguments["callbacks"] = made.callbacks or asked["callbacks"]
-    for spelt, told in made.said:
-        tell(spelt, told)  # where the Trainer was called
+    made.tell()  # where the Trainer was called
     return Modern(made.arguments, made.ckpt_path, made.truncated_bptt_steps)
 
 
@@ -111,7 +109,7 @@ def _rename(made: Translation, name: str, today: str) -> None:
     value = made.take(name)
     if value is not None:
         made.set(today, value, f"{name}={value!r}")
-        made.say(f"{name}={value!r}", fill(**{today: value}))
+        made.say(f"{name}={value!r}", **{today: value})
 
 
 def _refuse(made: Translation, name: str, instead: str) -> None:
@@ -136,15 +134,19 @@ def _former_values(made: Translation) -> None:
         made.add(GradientAccumulationScheduler(schedule))
         made.say(
             f"accumulate_grad_batches={schedule!r}",
-            f"Trainer(callbacks=[GradientAccumulationScheduler({schedule!r})]), which counts epochs from 0",
+            "its epochs count from 0",
+            callback=f"GradientAccumulationScheduler({schedule!r})",
         )
     profiler = made.arguments["profiler"]
     if isinstance(profiler, bool):
         made.arguments["profiler"] = "simple" if profiler else None
-        made.say(f"profiler={profiler!r}", fill(profiler="simple") if profiler else "leave it out")
+        if profiler:
+            made.say("profiler=True", profiler="simple")
+        else:
+            made.say("profiler=False", "leave it out")
     if made.arguments["max_steps"] is None:
         made.arguments["max_steps"] = -1
-        made.say("max_steps=None", fill(max_steps=-1))
+        made.say("max_steps=None", max_steps=-1)
 
 
 # How much of the data
@@ -157,13 +159,13 @@ def _overfit_pct(made: Translation, value: Any) -> None:
     if not part:
         made.say(spelt, "leave it out")
         return
-    limits = {f"limit_{kind}_batches": part for kind in ("train", "val", "test")}
+    limits: dict[str, Any] = {f"limit_{kind}_batches": part for kind in ("train", "val", "test")}
     for name in ("train_percent_check", "val_percent_check", "test_percent_check"):
         if (other := made.take(name)) is not None:
             made.say(f"{name}={other!r}", f"leave it out: {spelt} decides")
     for name, limit in limits.items():
         made.set(name, limit, spelt)
-    made.say(spelt, f"{fill(**limits)}, or overfit_batches={part}, which takes batches in order, and all for test")
+    made.say(spelt, f"or overfit_batches={part}, which takes batches in order, and all for test", **limits)
 
 
 def _percent_check(kind: str) -> Callable[[Translation, Any], None]:
@@ -171,9 +173,9 @@ def _percent_check(kind: str) -> Callable[[Translation, Any], None]:
         if value is None:
             return
         name, today = f"{kind}_percent_check", f"limit_{kind}_batches"
-        part = _part(name, value)  # 1 was all of them, and is one batch today
+        part: Any = _part(name, value)  # 1 was all of them, and is one batch today
         made.set(today, part, f"{name}={value!r}")
-        made.say(f"{name}={value!r}", fill(**{today: part}))
+        made.say(f"{name}={value!r}", **{today: part})
 
     return translate
 
@@ -192,13 +194,19 @@ def _early_stop_callback(made: Translation, value: Any) -> None:
         made.say(f"early_stop_callback={value!r}", "leave it out")
         return
     if value is True:
+        own = [callback for callback in made.have(EarlyStopping) if callback.monitor == "val_loss"]
+        if own:
+            raise ConfigurationError(
+                "early_stop_callback=True and the EarlyStopping('val_loss') among callbacks contradict each other. Leave the "
+                "first out."
+            )
         made.add(EarlyStopping("val_loss", patience=3, mode="min", verbose=True, strict=True, log_rank_zero_only=True))
-        made.say("early_stop_callback=True", "Trainer(callbacks=[EarlyStopping('val_loss', patience=3, verbose=True)])")
+        made.say("early_stop_callback=True", callback="EarlyStopping('val_loss', patience=3, verbose=True)")
         return
     if not isinstance(value, EarlyStopping):
         reject("early_stop_callback", value, "True, False or a leyden.callbacks.EarlyStopping")
     made.add(value)
-    made.say("early_stop_callback=EarlyStopping(…)", f"Trainer(callbacks=[EarlyStopping(…)]){_mode_of_then(value)}")
+    made.say("early_stop_callback=EarlyStopping(…)", _mode_of_then(value), callback="EarlyStopping(…)")
 
 
 def _checkpoint_callback(made: Translation, value: Any) -> None:
@@ -212,25 +220,26 @@ def _checkpoint_callback(made: Translation, value: Any) -> None:
             made.add(ValLossIfLogged([checkpoint]))
             made.say(
                 spelt,
-                "Trainer(callbacks=[ModelCheckpoint(monitor='val_loss')]) for the best by that value, if it is logged",
+                "which keeps the best by that value, if it is logged",
+                callback="ModelCheckpoint(monitor='val_loss')",
             )
         else:
-            made.say(spelt, fill(enable_checkpointing=value))
+            made.say(spelt, enable_checkpointing=value)
         return
     callbacks = list(value) if isinstance(value, (list, tuple)) else [value]
     if not callbacks or not all(isinstance(callback, ModelCheckpoint) for callback in callbacks):
         reject("checkpoint_callback", value, "True, False or a leyden.callbacks.ModelCheckpoint")
-    said = "Trainer(callbacks=[ModelCheckpoint(…)])"
+    notes = []
     for callback in callbacks:
         made.add(callback)
-        said += _mode_of_then(callback)
+        notes += [note] if (note := _mode_of_then(callback)) else []
     open_ones = [callback for callback in callbacks if ValLossIfLogged.suits(callback)]
     if open_ones:
         made.add(ValLossIfLogged(open_ones))
-        said += (
-            ", with monitor='val_loss', which was the default, if it is logged; today's default is to keep the latest"
+        notes.append(
+            "with monitor='val_loss', which was the default, if it is logged; today's default is to keep the latest"
         )
-    made.say("checkpoint_callback=ModelCheckpoint(…)", said)
+    made.say("checkpoint_callback=ModelCheckpoint(…)", "; ".join(notes), callback="ModelCheckpoint(…)")
 
 
 def _mode_of_then(callback: EarlyStopping | ModelCheckpoint) -> str:
@@ -243,31 +252,33 @@ def _mode_of_then(callback: EarlyStopping | ModelCheckpoint) -> str:
         return ""
     callback.mode = mode
     callback.start_anew()
-    return f", with mode={mode!r}, which was the default for {callback.monitor!r}; today's is 'min'"
+    return f"with mode={mode!r}, which was the default for {callback.monitor!r}; today's is 'min'"
 
 
 def _weights_save_path(made: Translation, value: Any) -> None:
     if value is None:
         return
-    spelt, said = f"weights_save_path={value!r}", f"Trainer(callbacks=[ModelCheckpoint(dirpath={value!r})])"
+    spelt, said, callback = f"weights_save_path={value!r}", "", f"ModelCheckpoint(dirpath={value!r})"
     checkpoints = made.have(ModelCheckpoint)
     without = [callback for callback in checkpoints if callback.dirpath is None]
     if made.arguments["enable_checkpointing"] is False:
-        said = "leave it out: there are no checkpoints"
+        said, callback = "leave it out: there are no checkpoints", ""
     elif not checkpoints:
         made.add(ModelCheckpoint(dirpath=value))
     elif not without:
-        said = "leave it out: dirpath of ModelCheckpoint decides"
-    for callback in without:
-        callback.dirpath = folder_path(value)
-    made.say(spelt, said)
+        said, callback = "leave it out: dirpath of ModelCheckpoint decides", ""
+    else:  # it has been told of, if it is a former spelling
+        said, callback = f"write {callback}", ""
+    for checkpoint in without:
+        checkpoint.dirpath = folder_path(value)
+    made.say(spelt, said, callback)
 
 
 def _weights_summary(made: Translation, value: Any) -> None:
     spelt = f"weights_summary={value!r}"
     if value is None:
         made.set("enable_model_summary", False, spelt)
-        made.say(spelt, fill(enable_model_summary=False))
+        made.say(spelt, enable_model_summary=False)
         return
     depths = {"top": 1, "full": -1}
     if value not in depths:
@@ -278,7 +289,7 @@ def _weights_summary(made: Translation, value: Any) -> None:
         )
     made.set("enable_model_summary", True, spelt)
     made.add(ModelSummary(max_depth=depths[value]))
-    made.say(spelt, f"Trainer(callbacks=[ModelSummary(max_depth={depths[value]})])")
+    made.say(spelt, callback=f"ModelSummary(max_depth={depths[value]})")
 
 
 def _progress_bar_refresh_rate(made: Translation, value: Any) -> None:
@@ -288,8 +299,10 @@ def _progress_bar_refresh_rate(made: Translation, value: Any) -> None:
         reject("progress_bar_refresh_rate", value, "a number of batches, 0 for no bar")
     spelt = f"progress_bar_refresh_rate={value!r}"
     made.set("enable_progress_bar", value > 0, spelt)
-    by_time = "leave it out: the bar is drawn by time, see RichProgressBar(refresh_rate_s=…)"
-    made.say(spelt, by_time if value else fill(enable_progress_bar=False))
+    if value:
+        made.say(spelt, "leave it out: the bar is drawn by time, see RichProgressBar(refresh_rate_s=…)")
+    else:
+        made.say(spelt, enable_progress_bar=False)
 
 
 # What was looked at while training
@@ -309,10 +322,8 @@ def _print_nan_grads(made: Translation, value: Any) -> None:
     spelt = f"print_nan_grads={value!r}"
     if value:
         made.add(NaNGradients())
-        callback = "callbacks=[leyden.compat.watchers.NaNGradients()]"
-        made.say(
-            spelt, f"Trainer(nan_policy='raise'), which stops there and names them, or {callback}, which prints them"
-        )
+        note = "which prints them; Trainer(nan_policy='raise') stops there and names them"
+        made.say(spelt, note, callback="leyden.compat.watchers.NaNGradients()")
     elif value is not None:
         made.say(spelt, "leave it out")
 
@@ -326,14 +337,14 @@ def _log_gpu_memory(made: Translation, value: Any) -> None:
         reject("log_gpu_memory", value, "'all', 'min_max', True or None")
     mode = "all" if value is True else value
     made.add(GPUMemory(mode))
-    made.say(spelt, f"Trainer(callbacks=[leyden.compat.watchers.GPUMemory({mode!r})]), which logs on CUDA devices only")
+    made.say(spelt, "which logs on CUDA devices only", callback=f"leyden.compat.watchers.GPUMemory({mode!r})")
 
 
 def _terminate_on_nan(made: Translation, value: Any) -> None:
     spelt = f"terminate_on_nan={value!r}"
     if value:
         made.set("nan_policy", "raise", spelt)
-        made.say(spelt, fill(nan_policy="raise"))
+        made.say(spelt, nan_policy="raise")
     elif value is not None:
         made.say(spelt, "leave it out")
 
@@ -349,15 +360,19 @@ def _use_amp(made: Translation, value: Any) -> None:
             "16",
         ):  # the two were given together while one took over from the other
             made.set("precision", "16-mixed", spelt)
-        made.say(spelt, fill(precision="16-mixed"))
+        made.say(spelt, precision="16-mixed")
     elif value is not None:
         made.say(spelt, "leave it out")
 
 
 def _resume_from_checkpoint(made: Translation, value: Any) -> None:
-    if value is not None:
-        made.ckpt_path = value
-        made.say(f"resume_from_checkpoint={value!r}", f"trainer.fit(model, ckpt_path={value!r})")
+    if value is None:
+        return
+    if value == "":
+        raise ConfigurationError("resume_from_checkpoint='' is empty. Give the path of a checkpoint, or leave it out.")
+    made.ckpt_path = value
+    note = f"trainer.fit(model, ckpt_path={value!r}), or test(model, ckpt_path={value!r})"
+    made.say(f"resume_from_checkpoint={value!r}", note)
 
 
 def _truncated_bptt_steps(made: Translation, value: Any) -> None:
@@ -373,8 +388,9 @@ def _reload_dataloaders_every_epoch(made: Translation, value: Any) -> None:
     spelt = f"reload_dataloaders_every_epoch={value!r}"
     if value:
         made.set("reload_dataloaders_every_n_epochs", 1, spelt)
-    if value is not None:
-        made.say(spelt, fill(reload_dataloaders_every_n_epochs=1) if value else "leave it out")
+        made.say(spelt, reload_dataloaders_every_n_epochs=1)
+    elif value is not None:
+        made.say(spelt, "leave it out")
 
 
 def _multiple_trainloader_mode(made: Translation, value: Any) -> None:
@@ -399,6 +415,16 @@ def _prepare_data_per_node(made: Translation, value: Any) -> None:
     made.say(f"prepare_data_per_node={value!r}", "leave it out: it is what is done")
 
 
+def _automatic_optimization(made: Translation, value: Any) -> None:
+    if value is False:
+        raise ConfigurationError(
+            "Trainer(automatic_optimization=False) is a former spelling. Write instead: self.automatic_optimization = False in "
+            "__init__ of the module."
+        )
+    if value is not None:
+        made.say(f"automatic_optimization={value!r}", "leave it out: the module says it")
+
+
 # In this order: what another one looks at comes before it.
 _OWN_MEANING: dict[str, Callable[[Translation, Any], None]] = {
     "overfit_pct": _overfit_pct,
@@ -420,6 +446,7 @@ _OWN_MEANING: dict[str, Callable[[Translation, Any], None]] = {
     "reload_dataloaders_every_epoch": _reload_dataloaders_every_epoch,
     "multiple_trainloader_mode": _multiple_trainloader_mode,
     "prepare_data_per_node": _prepare_data_per_node,
+    "automatic_optimization": _automatic_optimization,
 }
 
 FORMER_NAMES = (*former_devices.NAMES, *RENAMED, *WITHOUT_EFFECT, *ELSEWHERE, *_OWN_MEANING)

@@ -9,6 +9,7 @@ from typing import Any
 Hook = Callable[..., Any]
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_ANY_NUMBER = 99
 _MEANT = {
     "batch_nb": "batch_idx",
     "batch_i": "batch_idx",
@@ -47,7 +48,7 @@ def needs(hook: Hook) -> int:
 def takes(hook: Hook) -> int:
     """How many positional arguments a hook can be given."""
     kinds = [each.kind for each in inspect.signature(hook).parameters.values()]
-    return 99 if inspect.Parameter.VAR_POSITIONAL in kinds else len(parameters_of(hook))
+    return _ANY_NUMBER if inspect.Parameter.VAR_POSITIONAL in kinds else len(parameters_of(hook))
 
 
 def spelled(owner: object, name: str, hook: Hook) -> str:
@@ -55,8 +56,17 @@ def spelled(owner: object, name: str, hook: Hook) -> str:
     return f"{type(owner).__name__}.{name}({', '.join(names_of(hook))})"
 
 
-def arguments_of(hook: Hook, known: Mapping[str, Any]) -> list[Any]:
-    """What a hook is called with: by the names of its parameters, else in the order of ``known``."""
+def arguments_of(hook: Hook, known: Mapping[str, Any], given: Sequence[Any] | None = None) -> list[Any]:
+    """What a hook is called with: by the names of its parameters, else by position.
+
+    Args:
+        hook: bound.
+        known: all that there is, by name.
+        given: what there is by position, where a name says nothing; None for all of ``known``.
+    """
+    positional = list(known.values()) if given is None else list(given)
+    if takes(hook) == _ANY_NUMBER:
+        return positional
     found: list[Any] = []
     for parameter in parameters_of(hook):
         name = parameter.name if parameter.name in known else _MEANT.get(parameter.name, parameter.name)
@@ -65,25 +75,26 @@ def arguments_of(hook: Hook, known: Mapping[str, Any]) -> list[Any]:
         elif parameter.default is not inspect.Parameter.empty:
             break  # what follows has defaults too
         else:
-            return list(known.values())[: needs(hook)]
+            return positional[: needs(hook)]
     return found
 
 
-def adapted(hook: Hook, today: Sequence[str], more: Callable[[], Mapping[str, Any]] = dict) -> Hook:
+def adapted(
+    hook: Hook, today: Sequence[str], more: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+) -> Hook:
     """A hook of former days as one that is called with the arguments of today, of which it gets those that it asks for.
 
     Args:
         hook: bound.
         today: names of the arguments that it will be called with.
-        more: returns what else it may ask for by name.
+        more: returns what else it may ask for by name, given those.
     """
     unknown = {"dataloader_idx": 0, "outputs": None}
 
     def call(*given: Any) -> Any:
         known = dict(zip(today, given, strict=False))
-        return hook(
-            *arguments_of(hook, {**known, **{name: unknown[name] for name in unknown.keys() - known}, **more()})
-        )
+        others = {name: unknown[name] for name in unknown.keys() - known}
+        return hook(*arguments_of(hook, {**others, **(more(known) if more is not None else {}), **known}, given))
 
     return call
 

@@ -7,8 +7,9 @@ what the user wrote at the places where it was called then. At the end of the ru
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.optim import Optimizer
@@ -19,16 +20,18 @@ from leyden.compat.calls import Hook, adapted, arguments_of, fits, names_of, nee
 from leyden.compat.once import tell
 from leyden.compat.results import Results, kept
 from leyden.compat.turns import Turns, split_batch
-from leyden.errors import HookError
+from leyden.errors import ConfigurationError, HookError
 from leyden.former import are_former, former_hooks
 from leyden.hooks import (
     EVENTS,
     FORMER_CALLBACK_HOOKS,
     FORMER_MODULE_HOOKS,
+    Worn,
     location,
     overridden,
 )
 from leyden.module import LightningModule
+from leyden.optimizers import needs_closure
 from leyden.strategy import Strategy
 from leyden.strategy.ddp import DDPStrategy
 
@@ -83,8 +86,12 @@ _SINGLE = {
     "lr_scheduler_step": ("scheduler", "metric"),
     "configure_gradient_clipping": ("optimizer", "gradient_clip_val", "gradient_clip_algorithm"),
     "backward": ("loss",),
+    "transfer_batch_to_device": ("batch", "device", "dataloader_idx"),
 }
-"""Hooks of optimization, and their arguments of today."""
+"""Hooks that one asks for, and their arguments of today."""
+_INDEX = {"optimizer_idx", "optimizer_i", "opt_idx"}
+_NOTHING = object()
+_greeted: WeakKeyDictionary[object, set[tuple[int, str]]] = WeakKeyDictionary()
 
 
 class Dress:
@@ -101,25 +108,36 @@ class Dress:
         self, trainer: Trainer, module: LightningModule, callbacks: Sequence[Callback], bptt_steps: int | None = None
     ) -> None:
         self._trainer, self._module = trainer, module
+        self._before_it: list[tuple[object, str, Any]] = []
+        for owner in (module, *callbacks):  # another Trainer within this module's run dresses it anew
+            for name, value in list(vars(owner).items()):
+                if isinstance(value, Worn):
+                    self._set(owner, name, _NOTHING)
         self._bptt_steps = bptt_steps or getattr(module, "truncated_bptt_steps", None) or None
         self._former = former_hooks(module, LightningModule, FORMER_MODULE_HOOKS)
         self._results = Results(module, everything=bool(self._former))
-        self._worn: list[tuple[object, str]] = []
-        self._kept: dict[str, bool] = {}
         self._greetings: list[Hook] = []
         self._was_automatic = module.automatic_optimization
         self._step = module.training_step
         self._step_takes = takes(self._step)
         self._several = self._collects = False
+        self._zero_grad = self._own("optimizer_zero_grad")
         step = self._own("optimizer_step")
         # Of 0.7, if it knows whose turn it is: gradients are there when it is called. That of today computes them in its closure.
-        self._former_step = (
-            step if step is not None and {"optimizer_idx", "optimizer_i", "opt_idx"} & {*names_of(step)} else None
-        )
+        self._former_step = step if step is not None and _INDEX & {*names_of(step)} else None
         self._frequencies: list[int] = []
         self._trained: list[list[Any]] = []
+        self._last: dict[int, tuple[int, int]] = {}
         self._turns: Turns | None = None
         self._check_epoch_ends()
+        try:
+            self._put_on(callbacks)
+        except BaseException:
+            self.undo()
+            raise
+
+    def _put_on(self, callbacks: Sequence[Callback]) -> None:
+        module, trainer = self._module, self._trainer
         for name in self._former:
             tell(f"{type(module).__name__}.{name}", _TODAY[name])
         self._dress_moments(module, self._former, ())
@@ -132,7 +150,7 @@ class Dress:
         for callback in callbacks:
             self._dress_callback(callback)
         if self._collects:
-            self._before("on_train_epoch_start", self._trained.clear, of=None)
+            self._before("on_train_epoch_start", self._begin_epoch, of=None)
         for name, value in {
             "use_amp": trainer.precision not in ("32-true", "64-true"),
             "use_ddp": trainer.world_size > 1,
@@ -140,29 +158,39 @@ class Dress:
             "datamodule": trainer.datamodule,
         }.items():
             if not hasattr(module, name):
-                vars(module)[name] = value
-                self._worn.append((module, name))
+                self._set(module, name, value)
 
     def undo(self) -> None:
         """Leave module and callbacks as the user made them."""
-        for owner, name in self._worn:
-            vars(owner).pop(name, None)
-        if self._turns is not None:
-            vars(self._module).pop("automatic_optimization")
-            vars(self._module).update(self._kept)
+        for owner, name, before in reversed(self._before_it):
+            if before is _NOTHING:
+                vars(owner).pop(name, None)
+            else:
+                vars(owner)[name] = before
+        self._before_it.clear()
 
     def greet(self) -> None:
-        """Call what callbacks of 2020 have for the moment when a Trainer is made."""
+        """Call what callbacks of 2020 have for the moment when a Trainer is made; once."""
         for hook in self._greetings:
-            hook(self._trainer)
+            owner = hook.__self__  # type: ignore[attr-defined]  # bound
+            if (id(self._trainer), hook.__name__) not in (told := _greeted.setdefault(owner, set())):
+                told.add((id(self._trainer), hook.__name__))
+                hook(self._trainer)
+
+    def _set(self, owner: object, name: str, value: Any) -> None:
+        """Set, or take away, one of an object's own attributes, until `undo`."""
+        own = vars(owner)
+        self._before_it.append((owner, name, own.get(name, _NOTHING)))
+        if value is _NOTHING:
+            own.pop(name)
+        else:
+            own[name] = value
 
     def _wear(self, name: str, hook: Hook, of: Hook | None, owner: object = None) -> None:
         """Put a hook on; ``of`` is what the user wrote, for those who ask where it is."""
-        owner = self._module if owner is None else owner
-        worn = functools.partial(hook)
-        worn.former = of  # type: ignore[attr-defined]  # see leyden.hooks.location
-        vars(owner)[name] = worn
-        self._worn.append((owner, name))
+        worn = Worn(hook)
+        worn.former = of
+        self._set(self._module if owner is None else owner, name, worn)
 
     def _own(self, name: str) -> Hook | None:
         """What the user has under a name, or what is worn there; None if that is nothing."""
@@ -191,7 +219,7 @@ class Dress:
                 tell(spelled(owner, name, hook), f"{name}({', '.join(today)})")
                 self._collects = self._collects or (name == "on_train_epoch_end" and "outputs" in names_of(hook))
                 last = ("dataloader_idx",) if event.per_dataloader else ()
-                more = self._of_epoch if name == "on_train_epoch_end" else dict
+                more = self._of_epoch if name == "on_train_epoch_end" else self._turn
                 self._wear(name, adapted(hook, (*today, *last), more), hook, owner)
         for name, places in _PLACES.items():
             for place in places if name in former else ():
@@ -224,7 +252,7 @@ class Dress:
         self._wear("configure_optimizers", self._configure_optimizers(configure), of=configure)
         for name, today in _SINGLE.items():
             hook = self._own(name)
-            if hook is not None and needs(hook) > len(today):
+            if hook is not None and (not fits(hook, today) or _INDEX & {*names_of(hook)}):
                 if name != "optimizer_step":
                     tell(spelled(self._module, name, hook), f"def {name}(self, {', '.join(today)})")
                 self._wear(name, adapted(hook, today, self._turn), of=hook)
@@ -250,10 +278,17 @@ class Dress:
         self._results.publish(output, "training_step")
         if self._collects and output is not None:
             self._trained.extend([] for _ in range(index + 1 - len(self._trained)))
+            if self._last.get(index) == (batch_idx, id(batch)):  # evaluated again, as LBFGS does
+                self._trained[index].pop()
+            self._last[index] = (batch_idx, id(batch))
             self._trained[index].append(kept(output if isinstance(output, dict) else {"loss": output}))
         return output
 
-    def _of_epoch(self) -> dict[str, Any]:
+    def _begin_epoch(self) -> None:
+        self._trained.clear()
+        self._last.clear()
+
+    def _of_epoch(self, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What the steps of a training epoch returned: a list, or one for each optimizer."""
         return {
             "outputs": list(self._trained[0]) if len(self._trained) == 1 else [list(each) for each in self._trained]
@@ -281,6 +316,12 @@ class Dress:
         if not self._was_automatic or not (self._several or self._bptt_steps or self._former_step):
             return False
         self._check_turns()
+        again = [type(each).__name__ for each in optimizers if needs_closure(each)]
+        if again and self._trainer.accumulate_grad_batches > 1:
+            raise ConfigurationError(
+                f"accumulate_grad_batches={self._trainer.accumulate_grad_batches} does not go with {again[0]} among several "
+                "optimizers: it evaluates the loss again, and the window's other batches are gone. Leave one of the two out."
+            )
         if self._former_step is not None:
             tell(
                 spelled(self._module, "optimizer_step", self._former_step),
@@ -291,15 +332,13 @@ class Dress:
             self._module,
             self._train,
             self._former_step,
-            self._own("optimizer_zero_grad"),
+            self._zero_grad,
             self._frequencies if len(self._frequencies) > 1 else (),
             self._bptt_steps,
             self._own("tbptt_split_batch") or split_batch,
         )
         self._wear("training_step", self._turns.step, of=self._step)
-        name = "automatic_optimization"
-        self._kept = {name: vars(self._module)[name]} if name in vars(self._module) else {}
-        vars(self._module)[name] = False
+        self._set(self._module, "automatic_optimization", False)
         return True
 
     def _check_epoch_ends(self) -> None:
@@ -340,16 +379,17 @@ class Dress:
                 "automatic_optimization = False, and a loop over parts of the batch in training_step",
             )
 
-    def _turn(self) -> dict[str, Any]:
+    def _turn(self, known: Mapping[str, Any]) -> dict[str, Any]:
         """What hooks of 2020 are given beside the arguments of today: whose turn it is."""
-        run, index = self._module._running(), self._turns.index if self._turns is not None else 0
-        optimizer = run.handles[index] if run.handles else None
-        return {
-            "trainer": self._trainer,
-            "optimizer": optimizer,
-            "optimizer_idx": index,
-            "use_amp": run.scaler is not None,
-        }
+        run = self._module._run
+        if run is None or not run.handles:
+            return {"trainer": self._trainer}
+        index = self._turns.index if self._turns is not None else 0
+        mine = getattr(known.get("scheduler"), "optimizer", None)
+        for number, handle in enumerate(run.handles):
+            index = number if mine is not None and handle.optimizer is mine else index
+        own = {"trainer": self._trainer, "optimizer": run.handles[index], "optimizer_idx": index}
+        return {**own, "use_amp": run.scaler is not None}
 
     # Evaluation
 
@@ -374,11 +414,12 @@ class Dress:
 
         self._wear(f"{stage}_step", collecting, of=step)
         if end is not None:
-            self._before(f"on_{stage}_epoch_start", collected.clear, of=end)
-            self._before(f"on_{stage}_epoch_end", functools.partial(self._end_evaluation, end, collected), of=end)
+            self._before(f"on_{stage}_epoch_start", lambda: collected.clear(), of=end)
+            self._before(f"on_{stage}_epoch_end", lambda: self._end_evaluation(stage, end, collected), of=end)
 
-    def _end_evaluation(self, end: Hook, collected: dict[int, list[Any]]) -> None:
-        outputs: list[Any] = [collected.get(index, []) for index in range(max(collected, default=0) + 1)]
+    def _end_evaluation(self, stage: str, end: Hook, collected: dict[int, list[Any]]) -> None:
+        loaders = max(len(self._trainer._counts(stage)), max(collected, default=0) + 1)
+        outputs: list[Any] = [collected.get(index, []) for index in range(loaders)]
         collected.clear()
         self._results.publish(end(outputs[0] if len(outputs) == 1 else outputs), end.__name__)
 

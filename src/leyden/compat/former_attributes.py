@@ -1,4 +1,4 @@
-"""Attributes of a Trainer of former days, as today's."""
+"""Attributes that a Trainer, and what it runs, had in former days, as today's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from leyden.compat.once import tell
 from leyden.errors import did_you_mean
 
 if TYPE_CHECKING:
+    from leyden.module import LightningModule
     from leyden.trainer import Trainer
+
+OF_MODULES = frozenset({"use_amp", "use_ddp", "use_dp", "datamodule"})
 
 
 def trainer_attribute(trainer: Trainer, name: str) -> Any:
@@ -31,6 +34,19 @@ def trainer_attribute(trainer: Trainer, name: str) -> Any:
     value = read(trainer)
     tell(f"trainer.{name}", today)  # where it was read
     return value
+
+
+def module_attribute(module: LightningModule, name: str) -> Any:
+    """What a Trainer of former days set on a module, one of `OF_MODULES`; told once for each name.
+
+    Raises:
+        AttributeError: if no Trainer runs the module.
+    """
+    trainer = vars(module).get("_trainer")
+    if trainer is None:
+        raise AttributeError(f"{type(module).__name__} has no {name} before a Trainer runs it.", name=name, obj=module)
+    tell(f"self.{name}", f"self.trainer.{name}" if name == "datamodule" else _MEANINGS[name][0])
+    return trainer.datamodule if name == "datamodule" else _MEANINGS[name][1](trainer)
 
 
 def _own(name: str) -> tuple[str, Callable[[Trainer], Any]]:
@@ -116,6 +132,7 @@ _MEANINGS: dict[str, tuple[str, Callable[[Trainer], Any]]] = {
     "distributed_backend": (_STRATEGY, _backend),
     "use_amp": _MIXED,
     "use_native_amp": _MIXED,
+    "amp_level": ("nothing: torch's own mixed precision has no levels, and is like apex's O1", lambda trainer: "O1"),
     # arguments
     "max_nb_epochs": _own("max_epochs"),
     "min_nb_epochs": _own("min_epochs"),
@@ -128,6 +145,14 @@ _MEANINGS: dict[str, tuple[str, Callable[[Trainer], Any]]] = {
     "val_percent_check": _own("limit_val_batches"),
     "test_percent_check": _own("limit_test_batches"),
     "overfit_pct": ("trainer.limit_train_batches", _overfit_pct),
+    "resume_from_checkpoint": (
+        "trainer.ckpt_path, the file that a verb has loaded",
+        lambda trainer: trainer._ckpt_path,
+    ),
+    "show_progress_bar": (
+        "trainer.progress_bar_callback is not None",
+        lambda trainer: trainer.progress_bar_callback is not None,
+    ),
     "weights_save_path": ("trainer.checkpoint_callback.dirpath", _weights_folder),
     # the data
     "nb_training_batches": _own("num_training_batches"),
@@ -149,6 +174,7 @@ _MEANINGS: dict[str, tuple[str, Callable[[Trainer], Any]]] = {
         "trainer.global_step * trainer.accumulate_grad_batches",
         lambda trainer: trainer._outlet.progress.total_batches,
     ),
+    "running_sanity_check": _own("sanity_checking"),
     "get_model": ("trainer.lightning_module", lambda trainer: lambda: trainer.lightning_module),
     "experiment": ("trainer.logger.experiment", lambda trainer: getattr(trainer.logger, "experiment", None)),
     "lr_schedulers": ("trainer.lr_scheduler_configs", _schedulers),

@@ -11,6 +11,7 @@ from leyden.compat.once import tell
 from leyden.errors import ConfigurationError, UnknownArgumentError, did_you_mean, reject
 
 CLASSES = {"LearningRateLogger": "LearningRateMonitor"}
+_ELSEWHERE = {"save_best_only": "save_top_k=1, which keeps the best by monitor"}
 _TEMPLATE = "{epoch}"  # what files were called in a folder that was given
 
 
@@ -126,6 +127,8 @@ def _refuse_both(name: str, spelt: dict[str, Any], today: dict[str, Any]) -> Non
 def _check_names(kind: type, former: dict[str, Any], known: tuple[str, ...]) -> None:
     for name in former:
         if name not in known:
+            if name in _ELSEWHERE:
+                raise UnknownArgumentError(f"{kind.__name__} has no argument {name!r}. Write {_ELSEWHERE[name]}.")
             own = [each for each in inspect.signature(kind).parameters if each != "former"]
             raise UnknownArgumentError(f"{kind.__name__} has no argument {name!r}.{did_you_mean(name, [*own, *known])}")
 

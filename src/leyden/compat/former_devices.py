@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from leyden.compat.translation import Translation, fill
+from leyden.compat.translation import Translation
 from leyden.device import resolve_device
 from leyden.errors import ConfigurationError, did_you_mean, reject
 
@@ -39,7 +39,7 @@ def translate_devices(made: Translation) -> None:
         said = {"strategy": backend}
     for name, value in said.items():
         made.set(name, value, spelt)
-    made.say(spelt, "; ".join([fill(**said)] * bool(said) + notes))
+    made.say(spelt, "; ".join(notes), **said)
 
 
 def _backend(made: Translation) -> tuple[str | None, str]:
@@ -78,7 +78,7 @@ def _gpus(made: Translation, on_cpu_by: str | None) -> bool:
             made.say(spelt, f"leave it out, {elsewhere[0]} says it")
         else:
             made.set("accelerator", "cpu", spelt)
-            made.say(spelt, fill(accelerator="cpu"))
+            made.say(spelt, accelerator="cpu")
         return False
     if on_cpu_by is not None:
         raise ConfigurationError(f"{spelt} and {on_cpu_by} contradict each other: the second is for the CPU. Give one.")
@@ -89,7 +89,7 @@ def _gpus(made: Translation, on_cpu_by: str | None) -> bool:
         resolve_device(made.arguments["accelerator"], "auto")
     except ConfigurationError as error:
         raise ConfigurationError(f"{spelt}: {error} For the CPU: gpus=0, or accelerator='cpu'.") from None
-    made.say(spelt, fill(accelerator=made.arguments["accelerator"], devices=devices))
+    made.say(spelt, accelerator=made.arguments["accelerator"], devices=devices)
     return True
 
 
@@ -130,7 +130,7 @@ def _tpu_cores(made: Translation) -> bool:
         spelt = f"{name}={value!r}"
         made.set("accelerator", "tpu", spelt)
         made.set("devices", cores, spelt)
-        made.say(spelt, fill(accelerator="tpu", devices=cores))
+        made.say(spelt, accelerator="tpu", devices=cores)
         found = True
     return found
 
@@ -151,7 +151,7 @@ def _processes(made: Translation, elsewhere: bool, backend: str | None) -> int |
         made.set("accelerator", "cpu", spelt)
         made.set("devices", value, spelt)
         strategy = {} if backend is None else {"strategy": "ddp_spawn" if backend == "ddp_cpu" else backend}
-        made.say(spelt, fill(accelerator="cpu", devices=value, **strategy))
+        made.say(spelt, accelerator="cpu", devices=value, **strategy)
     return value
 
 

@@ -1,4 +1,4 @@
-"""Hyperparameters in files beside a checkpoint, as loggers wrote them: ``meta_tags.csv`` and ``hparams.yaml``."""
+"""Hyperparameters beside a checkpoint: in files, as loggers wrote them (``meta_tags.csv``, ``hparams.yaml``), and overrides."""
 
 from __future__ import annotations
 
@@ -7,10 +7,42 @@ import csv
 import inspect
 import os
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from leyden.errors import CheckpointError, ConfigurationError
+from leyden.compat.once import tell
+from leyden.errors import CheckpointError, ConfigurationError, reject
+
+
+def with_former_hparams(
+    cls: type, given: Mapping[str, Any], path: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
+    """What a module is to be made with: what a file has, if there is one, overrides, and what was given by name.
+
+    Args:
+        cls: the module's class.
+        given: by the caller; ``hparam_overrides`` or ``hparams_overrides`` among it are a dict, and told of.
+        path: see `read_hparams_file`.
+
+    Raises:
+        ConfigurationError: if the overrides are not a dict.
+    """
+    given = dict(given)
+    overrides: Any = {}
+    for name in ("hparam_overrides", "hparams_overrides"):
+        if name in given and name not in inspect.signature(cls).parameters:
+            overrides = given.pop(name) or {}
+            if not isinstance(overrides, Mapping):
+                reject(name, overrides, "a dict of hyperparameters")
+            call = f"{cls.__name__}.load_from_checkpoint(path, "
+            written = ", ".join(f"{each}={value!r}" for each, value in overrides.items())
+            tell(f"{call}{name}={overrides!r})", f"{call}{written})")
+    found = {} if path is None else read_hparams_file(path, cls)
+    if isinstance(found.get("hparams"), Namespace):
+        vars(found["hparams"]).update(overrides)
+        overrides = {}
+    return {**found, **overrides, **given}
 
 
 def read_hparams_file(path: str | os.PathLike[str], cls: type) -> dict[str, Any]:

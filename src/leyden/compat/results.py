@@ -27,7 +27,7 @@ class Results:
 
     def __init__(self, module: LightningModule, everything: bool) -> None:
         self._module, self._everything = module, everything
-        self._flags: dict[str, tuple[bool, bool]] = {}
+        self._flags: dict[tuple[str, str], tuple[bool, bool]] = {}
 
     def publish(self, output: Any, hook: str) -> None:
         """Log what a hook returned: values of a step in training, of an epoch elsewhere.
@@ -48,13 +48,19 @@ class Results:
             self._log(hook, name, value, name in shown, name in logged)
         for name, value in output.items():
             known = name in shown or name in logged or name in _NO_VALUES
-            by_user = name in metrics._active and name not in self._flags  # logged by hand as well: their flags count
+            by_user = (
+                name in metrics._active and (hook, name) not in self._flags
+            )  # logged by hand as well: their flags count
             if isinstance(name, str) and not known and not by_user and _is_one_number(value):
                 self._log(hook, name, value, name == "loss", False)
 
     def _log(self, hook: str, name: str, value: Any, prog_bar: bool, logger: bool) -> None:
         # What a name was used for first holds: an epoch has one series for each.
-        prog_bar, logger = self._flags.setdefault(name, (prog_bar, logger))
+        metrics = self._module._metrics
+        series = metrics._active.get(name) if metrics is not None and hook == "training_epoch_end" else None
+        if series is not None and series.on_step:
+            name = f"{name}_epoch"  # as self.log names the two
+        prog_bar, logger = self._flags.setdefault((hook, name), (prog_bar, logger))
         try:
             self._module.log(name, value, prog_bar=prog_bar, logger=logger)
         except MetricError as error:

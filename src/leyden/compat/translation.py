@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 from leyden.callbacks import Callback
+from leyden.compat.once import tell
 from leyden.errors import ConfigurationError
 
 # Of today's names that former ones turn into, the default: another value was given by the user.
@@ -36,6 +38,21 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Said:
+    """What is told of one former spelling; see `Translation.say`."""
+
+    spelt: str
+    note: str
+    callback: str
+    today: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The argument."""
+        return self.spelt.partition("=")[0]
+
+
 class Translation:
     """Arguments of a Trainer on their way from former names to today's.
 
@@ -46,12 +63,12 @@ class Translation:
 
     def __init__(self, asked: dict[str, Any], others: dict[str, Any]) -> None:
         self.arguments = dict(asked)
-        self.others = dict(others)
+        self.others, self._written = dict(others), dict(others)
         self.ckpt_path: str | os.PathLike[str] | None = None
         self.truncated_bptt_steps: int | None = None
         given = asked["callbacks"]
         self.callbacks: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given] * (given is not None)
-        self.said: list[tuple[str, str]] = []
+        self._said: list[Said] = []
         self._set_by = {name: f"{name}={asked[name]!r}" for name, default in DEFAULTS.items() if asked[name] != default}
 
     def is_given(self, name: str) -> bool:
@@ -87,9 +104,38 @@ class Translation:
         self.arguments[name] = value
         self._set_by.setdefault(name, spelt)
 
-    def say(self, spelt: str, today: str) -> None:
-        """Note what is to be told of a spelling, once everything has turned out to be right."""
-        self.said.append((f"Trainer({spelt})", today))
+    def say(self, spelt: str, note: str = "", callback: str = "", **today: Any) -> None:
+        """Note what is to be told of a spelling, once everything has turned out to be right.
+
+        Args:
+            spelt: what the user wrote.
+            note: why nothing needs to be written any more, or what is worth knowing of what is.
+            callback: one that is written today, as text.
+            **today: arguments that are written today.
+        """
+        self._said.append(Said(spelt, note, callback, today))
+
+    def tell(self) -> None:
+        """Tell of all spellings of one call at once; once in a process for the same names together."""
+        if not self._said:
+            return
+        order = [*self._written, *self.arguments]
+        said = sorted(self._said, key=lambda one: order.index(one.name))
+        written: dict[str, str] = {}
+        callbacks: list[str] = []
+        for one in said:
+            written.update({name: repr(value) for name, value in one.today.items()})
+            callbacks += [one.callback] * bool(one.callback)
+        if callbacks:
+            written["callbacks"] = f"[{', '.join(callbacks)}]"
+        parts = [f"Trainer({', '.join(f'{name}={value}' for name, value in written.items())})"] * bool(written)
+        if len(said) == 1:
+            parts += [said[0].note] * bool(said[0].note)
+        else:
+            parts += [f"{one.spelt}: {one.note}" for one in said if one.note]
+        former = f"Trainer({', '.join(one.spelt for one in said)})"
+        names = " ".join(sorted({one.name for one in said}))
+        tell(former, "; ".join(parts), key=f"Trainer: {names}", several=len(said) > 1)
 
     def add(self, callback: Callback) -> None:
         """Add a callback, unless this very one is there."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from leyden.compat.calls import arguments_of, names_of
+from leyden.loop import rescale_gradients
 from leyden.optimizers import LightningOptimizer, needs_closure
 from leyden.precision import has_gradients
 from leyden.run import loss_of
@@ -37,7 +38,7 @@ class Turns:
         training_step: its step: ``(batch, batch_idx, optimizer_idx, hiddens)``, of which it takes what it needs.
         optimizer_step: the module's own of former days, or None.
         zero_grad: the module's own `optimizer_zero_grad`, or None.
-        frequencies: how many batches in a row belong to each optimizer; empty if each has its turn on every batch.
+        frequencies: how many steps in a row belong to each optimizer; empty if each has its turn in every one.
         bptt_steps: the length of a part; None leaves batches whole.
         split: cuts a batch into parts.
     """
@@ -60,25 +61,33 @@ class Turns:
         self.optimizer: Optimizer | None = None
         self.index = 0
         self._hiddens: Any = None
+        self._begun = self._skipped_one = False
+        self._skipped: dict[int, int] = {}
 
     def step(self, batch: Any, batch_idx: int) -> Any:
         """Train on one batch; return what the last turn returned."""
         run, progress = self._module._running(), self._module._running().progress
+        if not self._begun:  # what an earlier training left
+            self._begun = True
+            for handle in run.handles:
+                handle.optimizer.zero_grad()
         first, last = progress.micro_batch == 0, progress.micro_batch + 1 >= run.window
         self._hiddens, output = None, None
         parts = [batch] if self._bptt_steps is None else self._split(batch, self._bptt_steps)
         for number, part in enumerate(parts):
             begins = first or (last and number > 0)
-            for index in self._whose_turn(batch_idx, len(run.handles)):
+            for index in self._whose_turn(progress.global_step, len(run.handles)):
                 output = self._turn(run, index, part, batch_idx, begins, last)
         progress.micro_batch = 0 if last else progress.micro_batch + 1
+        progress.skipped_batches += self._skipped_one
+        self._skipped_one = False
         return output
 
-    def _whose_turn(self, batch_idx: int, count: int) -> Iterator[int]:
+    def _whose_turn(self, step: int, count: int) -> Iterator[int]:
         if not self._frequencies:
             yield from range(count)
             return
-        place = batch_idx % sum(self._frequencies)
+        place = step % sum(self._frequencies)
         for index, frequency in enumerate(self._frequencies):
             if place < frequency:
                 yield index
@@ -93,17 +102,26 @@ class Turns:
             nonlocal output
             output = self._training_step(part, batch_idx, index, hiddens)
             loss = loss_of(output)
-            if loss is not None:
+            if loss is None:
+                run.refuse_lone_skip()
+                self._skipped[index] = self._skipped.get(index, 0) + 1
+                self._skipped_one = True
+            else:
                 run.manual_backward(loss / run.window if run.window > 1 else loss)
             return None if loss is None else loss.detach()
 
+        if begins:
+            self._skipped[index] = 0
         with handle.toggle_model():
             if begins and self._zeroes_first:
                 self._zero_grad(run, handle, batch_idx)
             loss = compute()
             if isinstance(output, dict) and "hiddens" in output:
                 self._hiddens = _detached(output["hiddens"])
-            if last and (loss is not None or has_gradients(handle.optimizer)):
+            trained = run.window - self._skipped.get(index, 0)
+            if last and trained and has_gradients(handle.optimizer):
+                if trained < run.window:
+                    rescale_gradients(handle.optimizer, run.window / trained)
                 self._step(run, handle, batch_idx, self._again(run, handle, batch_idx, compute, loss))
         return output
 
@@ -126,6 +144,7 @@ class Turns:
     def _step(self, run: Run, handle: LightningOptimizer, batch_idx: int, closure: Callable[[], Any]) -> None:
         before, run.stepped = run.stepped, False
         if self._own_step is not None:
+            handle.unscale()  # what the override may look at
             known = {
                 "epoch": run.progress.epoch,
                 "batch_idx": batch_idx,

@@ -125,14 +125,15 @@ class ValLossIfLogged(Callback):
         self._watched: bool | None = None  # None until the first validation has ended
         self._watch(False)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What was decided."""
-        return {"watched": self._watched}
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Stay with what was decided, which shows in the keys of ModelCheckpoint's states: it has none of its own to miss."""
+        if self._fitting:
+            states = checkpoint.get("callbacks", {})
+            self._watched = next((watched for watched in (True, False) if self._is_known(watched, states)), None)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Stay with it. ModelCheckpoint comes after all others, so it finds its state by what is monitored from now on."""
-        self._watched = state_dict["watched"]
-        self._watch(bool(self._watched))
+    def _is_known(self, watched: bool, states: dict[str, Any]) -> bool:
+        self._watch(watched)
+        return any(checkpoint.state_key in states for checkpoint in self._checkpoints)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note whether this verb trains; other verbs decide nothing."""

@@ -7,6 +7,7 @@ from abc import ABC
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from leyden.precision import PrecisionName
 from leyden.strategy.base import Layout
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ class TrainerArguments(ABC):
 
     @property
     def precision(self) -> str:
-        """The canonical name of the precision."""
-        return str(self._settings.precision.name)
+        """The canonical name of the precision; it equals its short forms, as 16 for "16-mixed", too."""
+        return PrecisionName(self._settings.precision.name)
 
     @property
     def gradient_clip_val(self) -> float | None:

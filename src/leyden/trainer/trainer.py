@@ -31,7 +31,6 @@ from leyden.trainer.requests import TrainerRequests
 from leyden.trainer.states import TrainerFn, TrainerState
 
 if TYPE_CHECKING:
-    from leyden.compat.dress import Dress
     from leyden.data.loader import Source
     from leyden.hooks import Resolver
     from leyden.loggers import Logger
@@ -97,8 +96,6 @@ class Trainer(TrainerRequests):
     Raises:
         ConfigurationError: naming the argument, its value and what is allowed.
     """
-
-    _dress: Dress | None = None
 
     def __init__(
         self,
@@ -178,6 +175,7 @@ class Trainer(TrainerRequests):
         val_dataloaders: Any = None,
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
+        **former: Any,
     ) -> None:
         """Train, validating as scheduled. Every call starts anew, unless ``ckpt_path`` says where to go on.
 
@@ -187,11 +185,13 @@ class Trainer(TrainerRequests):
             val_dataloaders: batches to validate on, or several loaders to read one after the other.
             datamodule: instead of loaders. Without either, the module's own loader hooks are asked.
             ckpt_path: go on from a checkpoint: a path, "last" or "best".
+            **former: names that loaders had in former days, which are told of; others are refused.
 
         Raises:
             HookError: if the module lacks a step or misspells a hook.
             DataError: if there is nothing to train on.
         """
+        train_dataloaders = self._loaders("fit", "train_dataloaders", train_dataloaders, former)
         assemble.check_fit(assemble.check_module(model))
         if self.strategy.start_method is not None:
             self._launch(self.fit, model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
@@ -222,6 +222,7 @@ class Trainer(TrainerRequests):
         ckpt_path: str | os.PathLike[str] | None = None,
         verbose: bool = True,
         datamodule: LightningDataModule | None = None,
+        **former: Any,
     ) -> list[dict[str, float]]:
         """Evaluate `validation_step` over the validation loaders.
 
@@ -231,10 +232,12 @@ class Trainer(TrainerRequests):
             ckpt_path: weights to load first: a path, "last" or "best".
             verbose: accepted for compatibility; the progress bar prints the results.
             datamodule: instead of loaders.
+            **former: see `fit`.
 
         Returns:
             The epoch's values, one dict for each loader.
         """
+        dataloaders = self._loaders("validate", "dataloaders", dataloaders, former)
         if self.strategy.start_method is not None:
             return self._launch(self.validate, model, dataloaders, ckpt_path, verbose, datamodule)
         results: list[dict[str, float]] = []  # of a run that is interrupted at a prompt
@@ -251,8 +254,10 @@ class Trainer(TrainerRequests):
         ckpt_path: str | os.PathLike[str] | None = None,
         verbose: bool = True,
         datamodule: LightningDataModule | None = None,
+        **former: Any,
     ) -> list[dict[str, float]]:
         """Evaluate `test_step` over the test loaders; arguments and result are those of `validate`."""
+        dataloaders = self._loaders("test", "dataloaders", dataloaders, former)
         if self.strategy.start_method is not None:
             return self._launch(self.test, model, dataloaders, ckpt_path, verbose, datamodule)
         results: list[dict[str, float]] = []  # of a run that is interrupted at a prompt
@@ -308,9 +313,7 @@ class Trainer(TrainerRequests):
         assemble.join_formerly(module, self.strategy)
         self.strategy.connect()
         writing = ranks.share_loggers(self.strategy, self.loggers)
-        before = {
-            name: vars(module)[name] for name in ("_trainer", "_metrics", "_run")
-        }  # another Trainer may be running it
+        before = {name: vars(module)[name] for name in ("_trainer", "_metrics", "_run")}  # of another Trainer's run
         progress = None if verb == "fit" else self._outlet.progress
         self._outlet = assemble.new_outlet(writing, progress, self.strategy, module)
         self._module, self._datamodule = module, datamodule
@@ -361,7 +364,7 @@ class Trainer(TrainerRequests):
         self._dress = assemble.dressed(self, module, self._active_callbacks)
         try:
             return assemble.make_resolver(self, module, datamodule, self._active_callbacks, self._dress)
-        except LeydenError:
+        except BaseException:
             self._undress()
             raise
 
@@ -409,11 +412,6 @@ class Trainer(TrainerRequests):
             raise last
         for note in getattr(first, "__notes__", ()) if outcome == "interrupted" else ():  # no traceback will show them
             print(note)
-
-    def _undress(self) -> None:
-        if self._dress is not None:
-            self._dress.undo()
-        self._dress = None
 
     def _make_run(self, module: LightningModule, resolver: Resolver, ckpt_path: Any) -> Run:
         found = self._find_checkpoint(ckpt_path, "fit")

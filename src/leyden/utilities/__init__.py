@@ -33,6 +33,7 @@ __all__ = [
 
 _MODULES = (
     "apply_func",
+    "cloud_io",
     "combined_loader",
     "data",
     "distributed",

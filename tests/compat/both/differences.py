@@ -190,6 +190,11 @@ DIFFERENCES: tuple[Difference, ...] = (
     ),
     Difference(r"p09_.*/epochs/0", _with(val_step_step=1.0), EVALUATION_STEPS),
     Difference(r"p09_.*/(batches/[23]|epochs/[1-9]|callback_metrics)", _with(val_step_step=3.0), EVALUATION_STEPS),
+    Difference(
+        r"p11_.*/stopped(_late)?/validations",
+        lambda found: found[:-1],
+        "a stop within an epoch does not validate first: a run that goes on from there would have validated once more",
+    ),
 )
 """On purpose."""
 

@@ -135,6 +135,10 @@ class Facts(cst.CSTVisitor):
         values = self.values.get((assignments[0].scope, node.value), [])
         return values[0] if len(values) == 1 else None
 
+    def held(self, node: cst.BaseExpression) -> cst.BaseExpression | None:
+        """An expression itself, or what the variable holds that it is."""
+        return self.value_of(node) if isinstance(node, cst.Name) else node
+
     def variable(self, call: cst.Call) -> Key | None:
         """The variable that a call's result is assigned to, if nothing else is assigned to it."""
         parent = self.parents.get(call)

@@ -10,9 +10,11 @@ from libcst import matchers
 
 from leyden.compat.migrate.facts import Facts, code, dotted, is_method_of_super
 from leyden.compat.migrate.notes import Notes
+from leyden.compat.migrate.schedulers import note_plateaus
 
 BATCH = ("batch", "batch_idx")
 _PER_LOADER = {f"on_{stage}_batch_{when}" for stage in ("validation", "test", "predict") for when in ("start", "end")}
+_AFTER_BATCH = {f"on_{stage}_batch_end" for stage in ("train", "validation", "test")}
 OUTPUTS = ("outputs", *BATCH)
 
 
@@ -78,12 +80,37 @@ FORMER: dict[str, dict[str, Former]] = {
 """Hooks whose name or arguments changed; they are rewritten where the arguments that fell away are not used."""
 
 
-def _collect(stage: str, step: str) -> tuple[str, str]:
+def _collect(name: str, function: cst.FunctionDef, loader: str | None) -> tuple[str, str]:
+    """What is written for `validation_epoch_end` and the like; each stage has a list of its own, for one runs within another.
+
+    Args:
+        name: of the hook.
+        function: the hook.
+        loader: what the step calls the loader's number, if it is given that.
+    """
+    step, short = _COLLECTING[name]
+    stage, kept = step.removesuffix("_step").replace("training", "train"), f"self.{short}_outputs"
+    given = [each.name.value for each in function.params.params][1:2]
+    empty, place, one, about = "[]", kept, "", ""
+    if loader is not None:
+        empty, place = f"[[] for _ in self.trainer.num_{short}_batches]", f"{kept}[{loader}]"
+        one, about = ", one list per loader", "  # if there is but one loader, the first of them"
+    alone = '; for a loss alone {"loss": loss.detach()}' if short == "train" else ""
     return (
         "the outputs of the steps are not collected any more.",
-        f"self.outputs = [] in on_{stage}_epoch_start, self.outputs.append(result) in {step}, and\n"
-        f"def on_{stage}_epoch_end(self):\n    outputs = self.outputs\n    …  # self.log(name, value), and nothing is returned",
+        f"{kept} = {empty} in on_{stage}_epoch_start{one}; {place}.append(result) in {step}, its tensors with .detach(){alone}; "
+        f"and\ndef on_{stage}_epoch_end(self):\n    {given[0] if given else 'outputs'} = {kept}{about}\n"
+        "    …  # self.log(name, value), and nothing is returned",
     )
+
+
+_COLLECTING = {
+    "training_epoch_end": ("training_step", "train"),
+    **dict.fromkeys(("validation_epoch_end", "validation_end"), ("validation_step", "val")),
+    **dict.fromkeys(("test_epoch_end", "test_end"), ("test_step", "test")),
+}
+"""Hooks that were given what the steps returned: the step, and the short name of its stage."""
+_LOADER = ("dataloader_idx", "dataloader_i", "dataset_idx")
 
 
 _WITHIN_STEP = ("batches are not divided within a process any more.", "its lines at the end of the step")
@@ -101,13 +128,7 @@ PIECES = (
 _BAR = ("the progress bar is asked.", "a subclass of leyden.callbacks.RichProgressBar")
 _STRATEGY = ("this belongs to the strategy.", 'Trainer(strategy=…), such as leyden.strategies.DDPStrategy(…) or "ddp"')
 _NEEDS_A_HAND: dict[str, tuple[str, str]] = {
-    "training_epoch_end": _collect("train", "training_step"),
-    "training_end": _WITHIN_STEP,
-    "validation_epoch_end": _collect("validation", "validation_step"),
-    "validation_end": _collect("validation", "validation_step"),
-    "test_epoch_end": _collect("test", "test_step"),
-    "test_end": _collect("test", "test_step"),
-    **dict.fromkeys(("training_step_end", "validation_step_end", "test_step_end"), _WITHIN_STEP),
+    **dict.fromkeys(("training_end", "training_step_end", "validation_step_end", "test_step_end"), _WITHIN_STEP),
     "configure_apex": ("torch's own mixed precision is used.", 'Trainer(precision="16-mixed") and nothing here'),
     **dict.fromkeys(("configure_ddp", "init_ddp_connection", "configure_sync_batchnorm"), _STRATEGY),
     **dict.fromkeys(("get_progress_bar_dict", "get_tqdm_dict"), _BAR),
@@ -144,19 +165,28 @@ def plan_class(node: cst.ClassDef, kind: str, facts: Facts, notes: Notes) -> dic
     """Decide what becomes of the hooks of a class, by their former names, and note what needs a hand."""
     functions = list(methods(node))
     names = {each.name.value for each in functions}
+    loaders = {each.name.value: _loader(each) for each in functions}
     changes: dict[str, Change] = {}
     for function in functions:
         name = function.name.value
         former = FORMER[kind].get(name)
-        change = _change(function, former, kind) if former is not None else _with_default(function)
+        if lacks_outputs(function, kind):
+            change = _with_outputs(function, kind)
+        else:
+            change = _change(function, former, kind) if former is not None else _with_default(function)
         if change is not None and (change.name == name or change.name not in names):
             changes[name] = change
             continue
-        found = _by_hand(function, kind) or _left(function, former, kind)
+        if kind == "module" and name in _COLLECTING:
+            found: tuple[str, str] | None = _collect(name, function, loaders.get(_COLLECTING[name][0]))
+        else:
+            found = _by_hand(function, kind) or _left(function, former, kind)
         if found is not None:
             notes.add(facts.line(function.name), signature(function), *found)
         if kind == "module" and name in STEPS:
             note_results(function, facts, notes)
+        if kind == "module" and name == "configure_optimizers":
+            note_plateaus(function, facts, notes)
     return changes
 
 
@@ -208,6 +238,30 @@ def _change(function: cst.FunctionDef, former: Former, kind: str) -> Change | No
     return Change(today, (*front, *(users.get(each, each) for each in former.today_arguments)))
 
 
+def _loader(function: cst.FunctionDef) -> str | None:
+    """What a step calls the number of the loader."""
+    given = [each.name.value for each in function.params.params]
+    return next((name for name in given if name in _LOADER), None)
+
+
+def lacks_outputs(function: cst.FunctionDef, kind: str) -> bool:
+    """Whether this is called after a batch, and was written while it was not given the outputs: 0.8 and 0.9."""
+    given = _given(function, kind)
+    if function.name.value not in _AFTER_BATCH or given is None or len(given) != 3:
+        return False
+    return given[-1] in _LOADER and not given[0].startswith("out")
+
+
+def _with_outputs(function: cst.FunctionDef, kind: str) -> Change | None:
+    """``outputs`` at its place; None if its name, or a number that is not given any more, is used."""
+    given, used = _given(function, kind) or [], names_in(function.body)
+    front = [each.name.value for each in function.params.params][1 : 3 if kind == "callback" else 1]
+    kept = given if function.name.value in _PER_LOADER else given[:-1]
+    if "outputs" in used or set(given) - set(kept) & used:
+        return None
+    return Change(function.name.value, (*front, "outputs", *kept), "0" if kept is given else None)
+
+
 def _with_default(function: cst.FunctionDef) -> Change | None:
     """``dataloader_idx`` was always given to these hooks; today only where there are several loaders."""
     given = function.params.params
@@ -223,6 +277,10 @@ def _with_default(function: cst.FunctionDef) -> Change | None:
 
 def _left(function: cst.FunctionDef, former: Former | None, kind: str) -> tuple[str, str] | None:
     """What is said of a hook that changed and cannot be rewritten by itself."""
+    if lacks_outputs(function, kind):
+        front = ["self", "trainer", "pl_module"] if kind == "callback" else ["self"]
+        last = ["dataloader_idx=0"] if function.name.value in _PER_LOADER else []
+        return "it is given the outputs first.", f"def {function.name.value}({', '.join([*front, *OUTPUTS, *last])})"
     if former is None:
         return None
     if former.today == function.name.value:  # the name is right; are the arguments former ones?
@@ -237,7 +295,7 @@ def _by_hand(function: cst.FunctionDef, kind: str) -> tuple[str, str] | None:
     name = function.name.value
     given = [each.name.value for each in function.params.params][1:]
     if kind == "callback":
-        if name == "on_load_checkpoint" and given[-1:] == ["callback_state"]:
+        if name in ("on_save_checkpoint", "on_load_checkpoint") and _is_about_state(function, given):
             return "a callback's state has hooks of its own.", "state_dict(self) and load_state_dict(self, state)"
         return _NEEDS_A_HAND_IN_CALLBACKS.get(name)
     if kind != "module":
@@ -255,6 +313,14 @@ def _by_hand(function: cst.FunctionDef, kind: str) -> tuple[str, str] | None:
             "optimizer.step(closure=optimizer_closure)",
         )
     return _NEEDS_A_HAND.get(name)
+
+
+def _is_about_state(function: cst.FunctionDef, given: list[str]) -> bool:
+    """Whether it returns or takes the callback's own state; today's is given the whole checkpoint."""
+    starred = isinstance(function.params.star_arg, cst.Param) or function.params.star_kwarg is not None
+    if (len(given) < 3 and not starred) or given[-1:] == ["callback_state"]:
+        return True
+    return function.name.value == "on_save_checkpoint" and returns_something(function)
 
 
 class _Names(cst.CSTVisitor):
@@ -316,33 +382,37 @@ def note_results(function: cst.FunctionDef, facts: Facts, notes: Notes) -> None:
     visitor = _Results()
     function.body.visit(visitor)
     if visitor.found:
+        name = function.name.value
+        returned = "the two are left out of what is returned" if name.endswith("_step") else "nothing is returned"
         notes.add(
             facts.line(visitor.found[0]),
-            f"{function.name.value} returns a dict with log or progress_bar",
+            f"{name} returns a dict with log or progress_bar",
             "values are logged where they are computed.",
-            "self.log(name, value), with prog_bar=True for the progress bar, and return the loss",
+            "self.log(name, value), with prog_bar=True for the progress bar, and "
+            + ("return the loss" if name in ("training_step", "training_end", "training_step_end") else returned),
         )
 
 
 def changed(function: cst.FunctionDef, change: Change) -> cst.FunctionDef:
     """Give a method its name and parameters of today."""
     new = function.with_changes(name=function.name.with_changes(value=change.name))
-    if change.default is not None:
-        *others, last = function.params.params
+    parameters = list(function.params.params) if change.parameters is None else _parameters(function, change.parameters)
+    if change.default is not None and parameters[-1].default is None:
+        last = parameters[-1]
         equal = cst.AssignEqual() if last.annotation is not None else cst.AssignEqual(*[cst.SimpleWhitespace("")] * 2)
-        last = last.with_changes(default=cst.parse_expression(change.default), equal=equal)
-        return new.with_changes(params=function.params.with_changes(params=[*others, last]))
-    if change.parameters is None:
-        return new
+        parameters[-1] = last.with_changes(default=cst.parse_expression(change.default), equal=equal)
+    return new.with_changes(params=function.params.with_changes(params=parameters))
+
+
+def _parameters(function: cst.FunctionDef, names: tuple[str, ...]) -> list[cst.Param]:
+    """``self`` and these: those that are there with all that they have."""
     before = function.params.params
     kept = {each.name.value: each for each in before[1:]}
     comma = next((each.comma for each in before if isinstance(each.comma, cst.Comma)), None)
     comma = comma or cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
-    parameters = [before[0], *(kept.get(each, cst.Param(cst.Name(each))) for each in change.parameters)]
-    parameters = [each.with_changes(comma=comma) for each in parameters[:-1]] + [
-        parameters[-1].with_changes(comma=before[-1].comma)
-    ]
-    return new.with_changes(params=function.params.with_changes(params=parameters))
+    parameters = [before[0], *(kept.get(each, cst.Param(cst.Name(each))) for each in names)]
+    *others, last = parameters
+    return [*(each.with_changes(comma=comma) for each in others), last.with_changes(comma=before[-1].comma)]
 
 
 def changed_super(call: cst.Call, change: Change) -> cst.Call:

@@ -113,7 +113,9 @@ def _imported(module: str, alias: cst.ImportAlias) -> Place | None:
         return None
     where, _ = found
     if where.module == "leyden" and where.name is None:  # a module of which only the names are left
-        return Place(f"{module}.{name}", None, "import leyden, which has its names")
+        return Place(
+            f"{module}.{name}", None, f"what leyden has of {module}, which is in leyden itself; it has no {name}"
+        )
     return where
 
 

@@ -98,6 +98,10 @@ ADVICE: dict[str, str] = {
         ("DDPShardedStrategy", "DDPShardedPlugin", "DDPFullyShardedStrategy"),
         "Trainer(strategy=leyden.strategies.FSDPStrategy(…))",
     ),
+    "auto_move_data": "self.transfer_batch_to_device(batch, self.device, 0) before a call by hand, or "
+    "trainer.predict(model, loader)",
+    "cloud_io": "leyden.load_checkpoint(path) for load, trainer.save_checkpoint(path) for atomic_save, "
+    "fsspec.core.url_to_fs(path)[0] for get_filesystem",
     "fabric": "a leyden.LightningModule with a Trainer; Fabric's own loop may stay beside it",
     "metrics": "from torchmetrics import …; classifiers take task= and num_classes= there",
     "pl_bolts": "the class copied into your own code",
@@ -106,6 +110,7 @@ ADVICE: dict[str, str] = {
 }
 """What to use in place of names that leyden does not have."""
 
+_DECORATORS = ("auto_move_data",)
 DATA_LOADER = "data_loader"
 """A decorator of 2019 that does nothing any more: it is taken away wherever it stands."""
 
@@ -163,6 +168,8 @@ def place(path: str) -> tuple[Place, int] | None:
     if split is None:
         return None
     root, parts = split
+    if "cloud_io" in parts:
+        return Place(path, None, ADVICE["cloud_io"]), path.count(".") + 1
     covered = root.count(".") + 1
     if parts[:2] == ("fabric", "utilities") and any(homes(part) for part in parts[2:]):
         parts, covered = (
@@ -170,7 +177,8 @@ def place(path: str) -> tuple[Place, int] | None:
             covered + 1,
         )  # Fabric's small tools are those of the Trainer; its loggers and strategies are not
     for number, part in enumerate(parts):
-        if part[0].isupper() or homes(part) or part == DATA_LOADER or (number == 0 and part in ("metrics", "fabric")):
+        lower = part in (DATA_LOADER, *_DECORATORS) or (number == 0 and part in ("metrics", "fabric"))
+        if part[0].isupper() or homes(part) or lower:
             found = _leaf(root, parts[:number], part)
             return None if found is None else (found, covered + number + 1)
     return _module(root, parts), covered + len(parts)

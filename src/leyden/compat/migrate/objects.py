@@ -7,6 +7,7 @@ import libcst as cst
 from leyden.compat.migrate.calls import Arguments, is_unknown
 from leyden.compat.migrate.facts import TRAINERS, Facts, code, literal
 from leyden.compat.migrate.names import ADVICE
+from leyden.compat.migrate.notes import Notes
 
 _LOADERS = {
     "fit": {"train_dataloader": "train_dataloaders", "val_dataloader": "val_dataloaders"},
@@ -59,6 +60,8 @@ def note_method(call: Arguments, method: str, on_trainer: bool, of_the_class: bo
             "options are the program's own today; leyden still takes this.",
             _OF_THE_CLASS[method],
         )
+    if method in ("load_from_checkpoint", "load_from_metrics"):
+        _loading(call)
     if method == "load_from_metrics":
         call.note_at(
             call.original,
@@ -72,9 +75,86 @@ def note_method(call: Arguments, method: str, on_trainer: bool, of_the_class: bo
         )
 
 
-def rewrite_checkpoint(call: Arguments) -> None:
-    """``ModelCheckpoint``: ``filepath``, ``prefix``, ``period``, ``mode="auto"``, ``save_best_only``."""
+def _loading(call: Arguments) -> None:
+    """Arguments of `load_from_checkpoint`: where to, and hyperparameters that replace those of the file."""
+    if "map_location" in call.given:
+        value = call.original_value("map_location")
+        if isinstance(value, cst.Lambda) and _is_first_parameter(value):
+            call.rename("map_location", "map_location", '"cpu"')  # where storages are read to
+        elif isinstance(value, (cst.Lambda, cst.Dict)):
+            call.note(
+                "map_location", "it is one device; leyden still takes this.", 'map_location="cpu", or another device'
+            )
+    for name in ("hparam_overrides", "hparams_overrides"):
+        if name in call.given:
+            known, write = call.literal(name), f"**{call.text(name)}"
+            if isinstance(known, dict) and all(isinstance(key, str) and key.isidentifier() for key in known):
+                write = ", ".join(f"{key}={value!r}" for key, value in known.items())
+            call.note(name, "each hyperparameter is an argument; leyden still takes this.", write)
+
+
+def _is_first_parameter(function: cst.Lambda) -> bool:
+    given = function.params.params
+    return len(given) == 2 and isinstance(function.body, cst.Name) and function.body.value == given[0].name.value
+
+
+_NAMES_OF = {16: "16-mixed", 32: "32-true", 64: "64-true", "16": "16-mixed", "32": "32-true", "64": "64-true"}
+_NAMES_OF |= {"bf16": "bf16-mixed"}
+
+
+def note_precision(node: cst.Comparison, facts: Facts, notes: Notes) -> None:
+    """``trainer.precision == 16``: it answers a name."""
+    sides = [node.left, *(each.comparator for each in node.comparisons)]
+    asked = [
+        side
+        for side in sides
+        if isinstance(side, cst.Attribute) and side.attr.value == "precision" and facts.is_trainer(side.value)
+    ]
+    if not asked:
+        return
+    found: list[str] = []
+    for side in sides:
+        value = literal(side)
+        for each in value if isinstance(value, (list, tuple, set)) else [value]:
+            if isinstance(each, (int, str)) and each in _NAMES_OF:
+                found.append(f'"{_NAMES_OF[each]}"')
+    if found:
+        write = f"{code(asked[0])} compared with {' and '.join(dict.fromkeys(found))}"
+        notes.add(facts.line(node), " ".join(code(node).split()), "the Trainer's precision is a name.", write)
+
+
+def note_super(call: Arguments, method: str) -> None:
+    """``super().optimizer_step(…)`` with arguments of then."""
+    values = [code(each.value) for each in call.original.args]
+    if method == "optimizer_step" and (len(values) > 4 or {"optimizer_idx", "optimizer_i"} & {*values, *call.given}):
+        write = "super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)"
+        call.note_at(call.original, f"{code(call.original.func)}(…)", "it takes four arguments.", write)
+
+
+def plan_callbacks(facts: Facts, calls: list[cst.Call]) -> set[cst.Call]:
+    """The calls that make what the Trainer is given as ``early_stop_callback`` and ``checkpoint_callback``."""
+    made: set[cst.Call] = set()
+    for call in calls:
+        if facts.meaning(call.func) not in TRAINERS:
+            continue
+        for argument in call.args:
+            if argument.keyword is None or argument.keyword.value not in ("early_stop_callback", "checkpoint_callback"):
+                continue
+            either = argument.value
+            given = [either.body, either.orelse] if isinstance(either, cst.IfExp) else [either]
+            made |= {held for each in given if isinstance(held := facts.held(each), cst.Call)}
+    return made
+
+
+def rewrite_checkpoint(call: Arguments, of_then: bool) -> None:
+    """``ModelCheckpoint``: ``filepath``, ``prefix``, ``period``, ``mode="auto"``, ``save_best_only``.
+
+    Args:
+        call: its arguments.
+        of_then: whether the Trainer is given it in a former way, and so the defaults of then hold.
+    """
     given = call.given
+    of_then |= "filepath" in given and call.literal("filepath") is not None
     for former in ("period", "every_n_val_epochs"):
         if former in given:
             call.rename(former, "every_n_epochs")
@@ -90,18 +170,32 @@ def rewrite_checkpoint(call: Arguments) -> None:
         _filepath(call)
     if "prefix" in given:
         _prefix(call)
-    _mode(call)
+    if of_then and _seen(call, 1) and "monitor" not in call.given:
+        call.note_at(
+            call.original,
+            "ModelCheckpoint(…) without monitor",
+            "until 0.9 it watched val_loss by itself.",
+            'monitor="val_loss", if the best file is to stay and not the newest',
+        )
+    _mode(call, of_then and _seen(call, 1) and "monitor" in call.given)
 
 
-def rewrite_early_stopping(call: Arguments) -> None:
-    """``EarlyStopping``: what is watched is named, ``mode`` as well."""
-    _mode(call)
+def _seen(call: Arguments, positional: int) -> bool:
+    """Whether all arguments are seen, and no more than so many have no name."""
+    return len(call.positional) <= positional and not any(each.star for each in call.original.args)
+
+
+def rewrite_early_stopping(call: Arguments, of_then: bool) -> None:
+    """``EarlyStopping``: what is watched is named, ``mode`` as well; ``of_then`` as for `rewrite_checkpoint`."""
+    _mode(call, of_then and _seen(call, 4))
     if not call.positional and "monitor" not in call.given and not any(each.star for each in call.original.args):
         call.append("monitor", '"val_loss"')
 
 
-def _mode(call: Arguments) -> None:
-    if "mode" not in call.given or call.literal("mode") != "auto":
+def _mode(call: Arguments, of_then: bool) -> None:
+    """``mode="auto"``, which went by the name of what is watched, and was the default of then."""
+    missing = "mode" not in call.given
+    if not of_then if missing else call.literal("mode") != "auto":
         return
     monitor: object = "val_loss"
     if "monitor" in call.given:
@@ -109,14 +203,23 @@ def _mode(call: Arguments) -> None:
     elif call.positional and (call.facts.meaning(call.original.func) or "").endswith("EarlyStopping"):
         monitor = literal(call.positional[0])
     if isinstance(monitor, str):
-        call.rename("mode", "mode", '"max"' if "acc" in monitor or monitor.startswith("fmeasure") else '"min"')
+        mode = '"max"' if "acc" in monitor or monitor.startswith("fmeasure") else '"min"'
+        if not missing:
+            call.rename("mode", "mode", mode)
+        elif mode == '"max"':
+            call.append("mode", mode)
     else:
-        call.note("mode", "what is watched is not seen here.", 'mode="min", or "max" for what grows, as an accuracy')
+        write = 'mode="min", or "max" for what grows, as an accuracy'
+        if missing:
+            why = "until 0.9 it went by the name of what is watched, which is not seen here."
+            call.note_at(call.original, f"{code(call.original.func)}(…) without mode", why, write)
+        else:
+            call.note("mode", "what is watched is not seen here.", write)
 
 
 def _filepath(call: Arguments) -> None:
     value, node = call.literal("filepath"), call.value("filepath")
-    parts = _joined_path(node)
+    parts = _split_f_string(node) if isinstance(node, cst.FormattedString) else _joined_path(node)
     if value is None:
         call.drop("filepath")
         return
@@ -135,21 +238,37 @@ def _filepath(call: Arguments) -> None:
             call.note("filepath", "it is two arguments now.", write)
             return
     elif parts is not None:
-        folder, name = parts
+        folder, name = parts  # as code
         call.add("filepath", "filename", name)
         call.rename("filepath", "dirpath", folder)
     elif code(node) in ("os.getcwd()", "Path.cwd()"):
         call.rename("filepath", "dirpath")
     else:
-        call.note("filepath", "it is two arguments now.", f"dirpath={call.text('filepath')}, filename='{{epoch}}'")
-        return
-    if "monitor" not in call.given:
-        call.note_at(
-            call.original,
-            "ModelCheckpoint(…) without monitor",
-            "until 0.9 it watched val_loss by itself.",
-            'monitor="val_loss", if the best file is to stay and not the newest',
-        )
+        write = f"dirpath={call.text('filepath')} if it is a folder; else its folder as dirpath=…, its last part as filename=…"
+        call.note("filepath", "it is two arguments now.", write)
+
+
+def _split_f_string(node: cst.FormattedString) -> tuple[str, str] | None:
+    """Folder and name of ``f"a/{b}/{{epoch}}"``, as code, by its last slash; None if that is not a template's."""
+    if node.prefix.lower() != "f" or "\\" in code(node):
+        return None
+    parts = [each.value if isinstance(each, cst.FormattedStringText) else code(each) for each in node.parts]
+    is_text = [isinstance(each, cst.FormattedStringText) for each in node.parts]
+    last = max((number for number, part in enumerate(parts) if is_text[number] and "/" in part), default=None)
+    if last is None:
+        return None
+    before, _, after = parts[last].rpartition("/")
+    folder, name = [*parts[:last], before], [after, *parts[last + 1 :]]
+    if not "".join(folder) or "{{" not in after + "".join(parts[last + 1 :]) or "{{" in "".join(folder):
+        return None
+
+    def text(pieces: list[str], plain: bool) -> str:
+        found = "".join(pieces)
+        if plain:
+            return f"{node.end}{found.replace('{{', '{').replace('}}', '}')}{node.end}"
+        return f"{node.start}{found}{node.end}"
+
+    return text(folder, all(is_text[:last])), text(name, all(is_text[last + 1 :]))
 
 
 def _joined_path(node: cst.BaseExpression) -> tuple[str, str] | None:

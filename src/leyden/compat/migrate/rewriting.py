@@ -154,6 +154,7 @@ class _Rewriter(cst.CSTTransformer):
         self._quotes: list[str] = []
         self._rules = rules(self._callback)
         self._resumed, self._emptied = objects.plan_resumes(facts, planned.calls)
+        self._of_then = objects.plan_callbacks(facts, planned.calls)
         self._classes: list[tuple[str | None, dict[str, hooks.Change]]] = []
         self._functions: list[cst.FunctionDef] = []
 
@@ -267,6 +268,8 @@ class _Rewriter(cst.CSTTransformer):
             if change is not None:
                 return hooks.changed_super(updated, change)
         call = Arguments(original, updated, self.facts, self.notes)
+        if self._classes and self._classes[-1][0] == "module" and is_method_of_super(function):
+            objects.note_super(call, function.attr.value if isinstance(function, cst.Attribute) else "")
         meaning = self.facts.meaning(function)
         if meaning in TRAINERS:
             if original in self._emptied:
@@ -276,9 +279,9 @@ class _Rewriter(cst.CSTTransformer):
                 call.note("resume_from_checkpoint", "each verb is told what to load.", write)
             rewrite_arguments(call, self._rules)
         elif meaning == "leyden.callbacks.ModelCheckpoint":
-            objects.rewrite_checkpoint(call)
+            objects.rewrite_checkpoint(call, original in self._of_then)
         elif meaning == "leyden.callbacks.EarlyStopping":
-            objects.rewrite_early_stopping(call)
+            objects.rewrite_early_stopping(call, original in self._of_then)
         elif isinstance(function, cst.Attribute):
             self._method(call, function, meaning)
         new = call.call()
@@ -304,6 +307,9 @@ class _Rewriter(cst.CSTTransformer):
             objects.rewrite_verb(call, self._resumed.get(call.original))
         of_the_class = meaning is not None and meaning.rpartition(".")[0] in TRAINERS
         objects.note_method(call, method, on_trainer, of_the_class)
+
+    def visit_Comparison(self, node: cst.Comparison) -> None:  # noqa: N802
+        objects.note_precision(node, self.facts, self.notes)
 
     # Classes
 

@@ -8,7 +8,7 @@ from typing import Any
 import libcst as cst
 
 from leyden.compat.migrate.calls import Arguments, is_unknown
-from leyden.compat.migrate.facts import code
+from leyden.compat.migrate.facts import code, literal
 
 TODAY = frozenset(
     (
@@ -258,7 +258,33 @@ def _callback(call: Arguments, name: str, kinds: tuple[str, ...], write: str) ->
     made = call.facts.meaning(held.func) if isinstance(held, cst.Call) else None
     if made is not None and made.rpartition(".")[2] in kinds and call.add_callback(name, call.value(name)):
         return
+    if isinstance(original, cst.IfExp):
+        write = _either(call, name, original) or write
     call.note(name, "callbacks are given in one list.", write)
+
+
+def _either(call: Arguments, name: str, value: cst.IfExp) -> str | None:
+    """What is written for ``a if c else None``; None where one of the two is True, or neither is none."""
+    off = [literal(each) for each in (value.body, value.orelse)]
+    if not any(each is None or each is False for each in off) or True in off:
+        return None
+    both = zip(off, (value.body, value.orelse), strict=True)
+    one, other = ("[]" if each in (None, False) else f"[{code(node)}]" for each, node in both)
+    chosen, test = f"{one} if {code(value.test)} else {other}", code(value.test)
+    write = f"callbacks=[…, *({chosen})]" if "callbacks" in call.given else f"callbacks={chosen}"
+    if name == "checkpoint_callback" and False in off:
+        write += f", enable_checkpointing={f'not ({test})' if off[0] is False else f'bool({test})'}"
+    return write
+
+
+def _has_checkpoint(call: Arguments) -> bool:
+    """Whether a `ModelCheckpoint` is seen among the callbacks."""
+    given = call.facts.held(call.original_value("callbacks")) if "callbacks" in call.given else None
+    found = [call.facts.held(each.value) for each in given.elements] if isinstance(given, (cst.List, cst.Tuple)) else []
+    return any(
+        isinstance(each, cst.Call) and (call.facts.meaning(each.func) or "").endswith(".ModelCheckpoint")
+        for each in found
+    )
 
 
 def rules(callback: MakeCallback) -> dict[str, Rule]:
@@ -279,12 +305,17 @@ def rules(callback: MakeCallback) -> dict[str, Rule]:
         elif value is True:
             put(call, name, callback("EarlyStopping", '"val_loss", patience=3'))
         else:
-            _callback(call, name, ("EarlyStopping",), f"callbacks=[{call.text(name)}]")
+            flag = 'callbacks=[EarlyStopping("val_loss", patience=3)] if it is True, and nothing for None or False'
+            _callback(call, name, ("EarlyStopping",), f"callbacks=[{call.text(name)}]; {flag}")
 
     def checkpointing(call: Arguments, name: str) -> None:
         value = call.literal(name)
         if value is None:
             call.drop(name)
+        elif value is True and not _has_checkpoint(call):
+            why = "it kept the best by val_loss where that is logged, else the latest."
+            made = f'callbacks=[{"…, " * ("callbacks" in call.given)}ModelCheckpoint(monitor="val_loss")]'
+            call.note(name, why, f"{made}; if val_loss is not logged, enable_checkpointing=True")
         elif isinstance(value, bool):
             call.rename(name, "enable_checkpointing")
         else:
@@ -345,6 +376,16 @@ def _track_grad_norm(call: Arguments, name: str) -> None:
         )
 
 
+def _log_gpu_memory(call: Arguments, name: str) -> None:
+    value = call.literal(name)
+    if value in (None, False):
+        call.drop(name)
+    else:
+        mode = '"all"' if value is True else call.text(name)
+        write = f"callbacks=[leyden.compat.watchers.GPUMemory({mode})]"
+        call.note(name, "the Trainer has no such argument any more.", write)
+
+
 _TUNE = "the value by hand; leyden has no tuner yet"
 _RULES: dict[str, Rule] = {
     "gpus": _gpus,
@@ -398,7 +439,7 @@ _RULES: dict[str, Rule] = {
         _dropped,
     ),
     "amp_backend": _by_value({"native": None, None: None}, 'precision="16-mixed", which is torch\'s own'),
-    "log_gpu_memory": _off('callbacks=[leyden.compat.watchers.GPUMemory("all")]'),
+    "log_gpu_memory": _log_gpu_memory,
     "weights_save_path": _off("callbacks=[ModelCheckpoint(dirpath=…)]"),
     "truncated_bptt_steps": _off(
         "self.automatic_optimization = False, and in training_step for each piece of the batch: loss, optimizer.zero_grad(), "
