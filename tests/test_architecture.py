@@ -58,7 +58,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("module", "module_hooks", "module_ranks", "datamodule", "callbacks", "export"),
     ("sources", "defaults", "run", "keep_up", "checkpoint", "explain", "compiled", "lifecycle", "planner"),
-    ("policies", "halving", "ranks"),
+    ("policies", "halving", "ranks", "checks"),
     ("assemble",),
     ("loop",),
     ("trainer",),

@@ -174,7 +174,7 @@ def test_the_trainer_and_the_module_say_where_they_are(tmp_path: Path) -> None:
     assert (trainer.is_global_zero, trainer.global_rank, trainer.local_rank) == (True, 0, 0)
 
 
-@pytest.mark.parametrize("strategy", ["dp", "zero", None, 3])
+@pytest.mark.parametrize("strategy", ["dpp", "zero", None, 3])
 def test_an_unknown_strategy_is_refused(strategy: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"strategy=.* is not valid\. Allowed: 'auto', 'single_device'"):
         leyden.Trainer(accelerator="cpu", strategy=strategy, default_root_dir=tmp_path, logger=False)

@@ -16,14 +16,13 @@ from leyden.callbacks.callback import Callback
 from leyden.data.loader import Move, Source
 from leyden.data.transfer import DeviceMove, move_to_device
 from leyden.datamodule import LightningDataModule
-from leyden.errors import ConfigurationError, HookError, NonFiniteError, reject, warn
+from leyden.errors import ConfigurationError, HookError, NonFiniteError, warn
 from leyden.former import is_former
 from leyden.fused import KernelChoice, choose_kernels
 from leyden.hooks import (
     FORMER_CALLBACK_HOOKS,
     FORMER_MODULE_HOOKS,
     Resolver,
-    check_names,
     overridden,
     step_arity,
 )
@@ -45,55 +44,6 @@ if TYPE_CHECKING:
     from leyden.trainer import Trainer
 
 STEP_OF = {"validation": "validation_step", "test": "test_step", "predict": "predict_step"}
-
-
-def check_module(model: object) -> LightningModule:
-    """Refuse what is not a module, and a class in place of an object."""
-    if isinstance(model, LightningModule):
-        if "_modules" not in vars(model):
-            name = type(model).__name__
-            raise ConfigurationError(f"{name}.__init__ did not call super().__init__(). Make that its first line.")
-        return model
-    if isinstance(model, type) and issubclass(model, LightningModule):
-        raise ConfigurationError(f"model is the class {model.__name__}, not an instance. Write {model.__name__}(…).")
-    return reject("model", model, "a leyden.LightningModule")
-
-
-def check_data(verb: str, datamodule: object, passed: dict[str, Any]) -> LightningDataModule | None:
-    """Refuse what is not a datamodule, and one beside loaders.
-
-    Args:
-        verb: for messages.
-        datamodule: what was passed as such.
-        passed: the loaders that were passed, by kind. A datamodule among them, as people write it, is taken out.
-    """
-    for kind, value in passed.items():
-        if isinstance(value, LightningDataModule):
-            datamodule, passed[kind] = value, datamodule
-    if isinstance(datamodule, type) and issubclass(datamodule, LightningDataModule):
-        name = datamodule.__name__
-        raise ConfigurationError(f"datamodule is the class {name}, not an instance. Write {name}(…).")
-    if datamodule is not None and not isinstance(datamodule, LightningDataModule):
-        reject("datamodule", datamodule, "a leyden.LightningDataModule; loaders are passed by their own argument")
-    if datamodule is not None and any(value is not None for value in passed.values()):
-        raise ConfigurationError(f"{verb} got both dataloaders and a datamodule. Give one of the two.")
-    return datamodule
-
-
-def check_fit(module: LightningModule) -> None:
-    """Refuse a module that cannot be trained, before anything is set up."""
-    check_names(
-        module, LightningModule, FORMER_MODULE_HOOKS
-    )  # first, because it knows what a missing hook was misspelt as
-    for name, what in (
-        ("training_step", "what one step computes"),
-        ("configure_optimizers", "which optimizer it uses"),
-    ):
-        if not overridden(module, name, LightningModule):
-            raise HookError(
-                f"{type(module).__name__} has no {name}, so the Trainer does not know {what}. Define it"
-                + (", or return None from it to train without an optimizer." if name == "configure_optimizers" else ".")
-            )
 
 
 def dressed(trainer: Trainer, module: LightningModule, callbacks: Sequence[Callback]) -> Dress | None:
@@ -246,6 +196,14 @@ def make_run(parts: Parts, reload_loaders: Callable[[Run], None]) -> Run:
     apply_policies(run, settings, parts.resolver.trainer, parts.resolver.callbacks)
     run.handles = _make_handles(run, optimizers)
     run.kernels = _choose_kernels(parts, run, optimizers)
+    _compile(run, parts)
+    profile_run(run, parts.profiler)
+    run.account.compiles = settings.compile is not False
+    return run
+
+
+def _compile(run: Run, parts: Parts) -> None:
+    settings = parts.settings
     if settings.compile and parts.resolver.is_dressed:
         warn(
             "compile-former",
@@ -254,11 +212,8 @@ def make_run(parts: Parts, reload_loaders: Callable[[Run], None]) -> Run:
     elif settings.compile:
         from leyden.compiled import make_compilation  # torch's compiler takes a second to import
 
-        owns = partial(overridden, module, base=LightningModule)
+        owns = partial(overridden, parts.module, base=LightningModule)
         run.compiled = make_compilation(run, settings, owns, wraps(parts.profiler))
-    profile_run(run, parts.profiler)
-    run.account.compiles = settings.compile is not False
-    return run
 
 
 def _join_ranks(run: Run, parts: Parts, optimizers: Sequence[Optimizer]) -> Sequence[Optimizer]:

@@ -84,6 +84,7 @@ def test_everyone_trains_the_same_model(script: Import, kind: str, tmp_path: Pat
         assert abs(losses[name] - losses[truth]) < 0.02 * abs(untrained - losses[truth]), name
 
 
+@pytest.mark.filterwarnings("default")  # theirs are no faults of ours
 def test_peers_train_nearly_the_same_model(script: Import, tmp_path: Path) -> None:
     everyone = script("peers").peers()
     if not everyone:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from leyden.compat.scan import said
 from leyden.errors import CheckpointError
 
 _LIGHTNING = frozenset({"lightning", "lightning_fabric", "lightning_lite", "pytorch_lightning", "lightning_utilities"})
@@ -158,14 +159,14 @@ class DType(Sealed):
 
     def __init__(self, code: Any, *_: Any) -> None:
         if not isinstance(code, str) or not (_NUMPY_CODE.fullmatch(code) or code in ("b1", "O8")):
-            raise CheckpointError(f"it holds a NumPy array of dtype {code!r:.40}. Save numbers or strings, or a tensor")
+            raise CheckpointError(f"it holds a NumPy array of dtype {said(code)}. Save numbers or strings, or a tensor")
         self._code, self._order = code, "|"
 
     def __setstate__(self, state: Any) -> None:
         order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
         if order not in ("<", ">", "|", "=") or (len(state) > 8 and state[8] is not None):
             raise CheckpointError(
-                f"it holds a NumPy array whose dtype has the state {state!r:.60}. Save it as a tensor"
+                f"it holds a NumPy array whose dtype has the state {said(state)}. Save it as a tensor"
             )
         self._order = order
 
@@ -187,7 +188,7 @@ class Array(Sealed):
         self.state = state
 
 
-def array_of(given: Any, value: Callable[[Any], Any]) -> Any:
+def array_of(given: Any) -> Any:
     """Return the NumPy array or scalar that a placeholder means; None for anything else.
 
     Raises:
@@ -227,10 +228,9 @@ def known(module: str, name: str) -> Any:
 
 
 def _whole(numbers: Any) -> tuple[int, ...]:
-    found = tuple(numbers)
-    if not all(type(number) is int and number >= 0 for number in found):
-        raise CheckpointError(f"malformed: {found!r:.80} instead of whole numbers")
-    return found
+    if not isinstance(numbers, (list, tuple)) or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise CheckpointError(f"malformed: {said(numbers)} instead of whole numbers")
+    return tuple(numbers)
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Deferred:
@@ -256,6 +256,9 @@ def _strided(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any, lazi
 
 
 def _sparse(layout: Any, parts: Any) -> Deferred:
+    if not isinstance(parts, tuple):
+        raise CheckpointError(f"malformed: a sparse tensor of {said(parts)}")
+
     def make(file: _File, tensor: Callable[[Any], Tensor]) -> Tensor:
         if layout is torch.sparse_coo:
             indices, values, size, *coalesced = parts
@@ -276,24 +279,29 @@ def _first(value: Any, *_: Any) -> Any:
 
 def _with_attributes(function: Any, _: Any, args: Any, *__: Any) -> Any:
     """A tensor with attributes, which are left out."""
-    if not isinstance(function, _Maker):
+    if not isinstance(function, _Maker) or not isinstance(args, tuple):
         raise CheckpointError("malformed: a tensor that is made by something else")
     return function(*args)
 
 
 def _layout(name: Any) -> torch.layout:
     layouts = (torch.strided, torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
-    return {str(layout): layout for layout in layouts}[name]
+    found = {str(layout): layout for layout in layouts}.get(name) if isinstance(name, str) else None
+    if found is None:
+        raise CheckpointError(f"malformed: the layout {said(name)}")
+    return found
 
 
 def _device(kind: Any, index: Any = None) -> torch.device:
-    return torch.device(str(kind)) if index is None else torch.device(str(kind), int(index))
+    if not isinstance(kind, str) or not (index is None or type(index) is int):
+        raise CheckpointError(f"malformed: the device {said(kind)}")
+    return torch.device(kind) if index is None else torch.device(kind, index)
 
 
 def _encoded(text: Any, encoding: Any = "utf-8") -> bytes:
     """Bytes, as protocol 2 writes them. Other encodings would be looked up among modules."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1", "utf-8"):
-        raise CheckpointError(f"malformed: bytes in the encoding {encoding!r:.40}")
+        raise CheckpointError(f"malformed: bytes in the encoding {said(encoding)}")
     return text.encode(encoding)
 
 
@@ -309,18 +317,24 @@ def _annealing(owner: Any, name: Any) -> str:
     """The one attribute that checkpoints look up: the method of a OneCycleLR, which older versions of torch saved."""
     if getattr(owner, "full", None) != ONE_CYCLE or name not in ("_annealing_cos", "_annealing_linear"):
         raise CheckpointError(
-            f"it looks up the attribute {name!r:.60} with builtins.getattr, which no checkpoint needs and harmful files use to "
+            f"it looks up the attribute {said(name)} with builtins.getattr, which no checkpoint needs and harmful files use to "
             "run code. Nothing of it was run"
         )
     return f"OneCycleLR.{name}"
 
 
+def _texts(parts: tuple[Any, ...]) -> tuple[str, ...]:
+    if odd := next((part for part in parts if not isinstance(part, str)), None):
+        raise CheckpointError(f"malformed: a path with {said(odd)} in it")
+    return parts
+
+
 def _path(*parts: Any) -> pathlib.PurePath:
-    return pathlib.Path(*map(str, parts))
+    return pathlib.Path(*_texts(parts))
 
 
 def _windows_path(*parts: Any) -> pathlib.PurePath:
-    path = pathlib.PureWindowsPath(*map(str, parts))
+    path = pathlib.PureWindowsPath(*_texts(parts))
     return pathlib.Path(path) if os.name == "nt" else path
 
 
@@ -328,6 +342,14 @@ def _items(given: Any = ()) -> list[Any] | tuple[Any, ...]:
     if not isinstance(given, (list, tuple)):  # a range of a few bytes would fill the memory
         raise CheckpointError(f"malformed: a container that is made of a {type(given).__name__}")
     return given
+
+
+def _counter(counts: Any = ()) -> Any:
+    return collections.Counter(_pairs(counts))
+
+
+def _pairs(items: Any) -> dict[Any, Any]:
+    return dict(items if isinstance(items, dict) else _items(items))
 
 
 def _scalar(dtype: Any, data: Any) -> Array:
@@ -357,8 +379,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "builtins.getattr": _annealing,
     "builtins.frozenset": lambda items=(): frozenset(_items(items)),
     "builtins.set": lambda items=(): set(_items(items)),
-    "collections.Counter": lambda counts=(): collections.Counter(dict(counts)),
-    "collections.defaultdict": lambda factory=None, items=(): dict(items),
+    "collections.Counter": _counter,
+    "collections.defaultdict": lambda factory=None, items=(): _pairs(items),
     "collections.OrderedDict": lambda items=(): collections.OrderedDict(_items(items)),
     "collections.deque": lambda items=(), length=None: collections.deque(_items(items), length),
     "numpy.dtype": DType,

@@ -17,12 +17,11 @@ from __future__ import annotations
 import argparse
 import collections
 import io
-import pickletools
 import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -42,6 +41,7 @@ from leyden.compat.inert import (
     known,
     stand_in,
 )
+from leyden.compat.scan import said, scan
 from leyden.errors import CheckpointError
 from leyden.hparams import AttributeDict
 
@@ -59,26 +59,7 @@ _ATTACKING_BUILTINS = frozenset({
     "input", "locals", "map", "open", "setattr", "vars",
 })  # fmt: skip
 """Where the names are that no training writes and every attack does."""
-_OPCODES = frozenset(each.name for each in pickletools.opcodes if each.proto) - {
-    "EXT1", "EXT2", "EXT4", "OBJ", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER",
-} | {"APPEND", "BUILD", "DICT", "DUP", "GLOBAL", "LIST", "MARK", "NONE", "POP", "REDUCE", "SETITEM", "STOP", "TUPLE"}  # fmt: skip
-"""The rest is text of protocol 0, looks names up elsewhere, or takes memory that the file need not have."""
-_PUTS = frozenset({"BINPUT", "LONG_BINPUT"})
-_GETS = frozenset({"BINGET", "LONG_BINGET"})
-_GROWS = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"})
-"""These put what they pop into the object before it, which stays."""
-_MAX_DEPTH = 1000
-
-
-def _effect(opcode: pickletools.OpcodeInfo) -> tuple[int, bool, int]:
-    """How many objects an operation takes, beside all down to the last mark; whether it does that; how many it puts back."""
-    before = opcode.stack_before
-    to_mark = pickletools.markobject in before
-    return len(before) - 2 * to_mark, to_mark, len(opcode.stack_after)
-
-
-_EFFECTS = {opcode.name: _effect(opcode) for opcode in pickletools.opcodes}
-"""``STOP`` and the operations that push a constant among them."""
+_MAX_UNKNOWN, _MAX_STAND_INS = 100, 10_000  # names; a training writes some dozens
 
 
 @dataclass(frozen=True)
@@ -110,7 +91,7 @@ class Pickled:
         self._stream = stream
         self._allowed = _by_name([*torch.serialization.get_safe_globals(), *allow])
         self._stand_ins: dict[str, Any] = {}
-        self._unknown: list[str] = []
+        self._unknown: dict[str, None] = {}
         self._legacy: dict[str, Storage] = {}  # by key, until their places are known
         self._places: dict[str, _Place] = {}
         self._storages: dict[str, Tensor] = {}
@@ -146,18 +127,23 @@ class Pickled:
             return _Loading(self, device or torch.device("cpu")).value(part)
         except RecursionError:
             raise CheckpointError("its data is nested too deeply") from None
+        except MemoryError:
+            raise CheckpointError("damaged, made to do harm, or larger than the memory that is left") from None
         except (TypeError, ValueError, IndexError, RuntimeError, OverflowError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise CheckpointError(f"damaged, or made to do harm: {type(error).__name__}: {error}") from error
+            raise CheckpointError(f"damaged, or made to do harm: {type(error).__name__}: {error!s:.200}") from error
 
     def tensor(self, storage: Storage, offset: int, size: Any, stride: Any, dtype: torch.dtype | None) -> Tensor:
         """Return one tensor, with its bounds checked, before memory is taken, against what the file holds."""
         dtype = dtype or storage.dtype
+        wrong = f"malformed: a tensor of size {said(size)} and stride {said(stride)}"
+        if not isinstance(size, (list, tuple)) or not isinstance(stride, (list, tuple)):  # a range would fill the memory
+            raise CheckpointError(wrong)
         size, stride = tuple(size), tuple(stride)
         numbers = (offset, *size, *stride)
         if len(size) != len(stride) or not all(type(each) is int and 0 <= each < 2**63 for each in numbers):
-            raise CheckpointError(f"malformed: a tensor of size {size!r:.80} and stride {stride!r:.80}")
+            raise CheckpointError(wrong)
         key = (storage.key, storage.start, offset, size, stride, dtype)
         if key not in self._tensors:
             memory = self._memory(storage)
@@ -196,7 +182,7 @@ class Pickled:
         if "byteorder" in names:
             self._swapped = self._bytes(self._place(names["byteorder"])) != sys.byteorder.encode()
         data = self._bytes(self._place(names["data.pkl"]))
-        _scan(io.BytesIO(data))
+        scan(io.BytesIO(data))
         return self._unpickle(data)
 
     def _place(self, entry: zipfile.ZipInfo) -> _Place:
@@ -228,7 +214,7 @@ class Pickled:
 
     def _next_pickle(self) -> Any:
         start = self._stream.tell()
-        _scan(self._stream)
+        scan(self._stream)
         end = self._stream.tell()
         self._stream.seek(start)
         return self._unpickle(self._stream.read(end - start))
@@ -275,7 +261,7 @@ class Pickled:
         except (CheckpointError, MemoryError, RecursionError):
             raise
         except Exception as error:  # a malformed pickle ends in any; it is named in ours
-            raise CheckpointError(f"damaged, or made to do harm: {type(error).__name__}: {error}") from error
+            raise CheckpointError(f"damaged, or made to do harm: {type(error).__name__}: {error!s:.200}") from error
 
     def _find(self, module: str, name: str) -> Any:
         if module == "__builtin__":
@@ -287,35 +273,43 @@ class Pickled:
         found = known(module, name)
         if found is not None:
             return found
-        made = self._stand_ins.setdefault(full, stand_in(full))
-        if not made.tolerated and full not in self._unknown:
-            self._unknown.append(full)
-        return made
+        if full not in self._stand_ins:
+            if len(self._stand_ins) == _MAX_STAND_INS:
+                raise CheckpointError(f"made to do harm: it names more than {_MAX_STAND_INS:,} classes")
+            made = self._stand_ins[full] = stand_in(full)
+            if not made.tolerated:
+                self._unknown[full] = None
+                if len(self._unknown) > _MAX_UNKNOWN:
+                    self._refuse_unknown()
+        return self._stand_ins[full]
 
     def _stored(self, pid: Any) -> Storage:
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
-            raise CheckpointError(f"malformed: a reference to {pid!r:.80}")
+            raise CheckpointError(f"malformed: a reference to {said(pid)}")
         _, kind, key, _, numel, *view = pid
         if not isinstance(kind, StorageType) or not isinstance(key, str) or type(numel) is not int:
-            raise CheckpointError(f"malformed: a reference to {pid!r:.80}")
+            raise CheckpointError(f"malformed: a reference to {said(pid)}")
         self._legacy.setdefault(key, Storage(key, kind.dtype, 0, numel))
         if view and view[0] is not None:  # a storage that is a part of another
+            if not isinstance(view[0], tuple) or len(view[0]) != 3:
+                raise CheckpointError(f"malformed: a reference to a part of a storage, {said(view[0])}")
             _, start, numel = view[0]
             if not all(type(number) is int and number >= 0 for number in (start, numel)):
-                raise CheckpointError(f"malformed: a reference to {pid!r:.80}")
+                raise CheckpointError(f"malformed: a reference to {said(pid)}")
             return Storage(key, kind.dtype, start, numel)
         return Storage(key, kind.dtype, 0, numel)
 
     def _refuse_unknown(self) -> None:
         if not self._unknown:
             return
-        names = ", ".join(self._unknown[:20])
-        if attacks := [full for full in self._unknown if _is_attack(*full.split(".", 1))]:
+        unknown = [full[:200] for full in self._unknown]
+        names = ", ".join(unknown[:20])
+        if attacks := [full for full in unknown if _is_attack(*full.split(".", 1))]:
             raise CheckpointError(
                 f"it names {', '.join(attacks[:20])}, which no checkpoint needs and harmful files use to run code. Nothing of it "
                 "was run. Do not load it with torch.load(weights_only=False) or pickle either"
             )
-        classes = ", ".join(full.rpartition(".")[2] for full in self._unknown[:20])
+        classes = ", ".join(full.rpartition(".")[2] for full in unknown[:20])
         raise CheckpointError(
             f"it names {names}, which leyden does not know to be harmless, so nothing of it was run. If you trust the file: "
             f"import what it names and load it within «with torch.serialization.safe_globals([{classes}]):». If a class "
@@ -355,11 +349,13 @@ class _Loading:
             return self._tensor(given).to(self._device)
         if isinstance(given, DType):
             return given.name
-        if (array := array_of(given, self.value)) is not None:
+        if (array := array_of(given)) is not None:
             return array
         if isinstance(given, Namespace):
             state = self.value(given.state)
-            return argparse.Namespace(**{str(name): each for name, each in state.items()})
+            if odd := next((name for name in state if not isinstance(name, str)), None):
+                raise CheckpointError(f"malformed: a Namespace with an attribute that is {said(odd)}")
+            return argparse.Namespace(**state)
         if isinstance(given, StandIn) or (isinstance(given, type) and issubclass(given, StandIn)):
             return self._stand_in(given)
         if isinstance(given, Sealed):
@@ -416,55 +412,3 @@ def _by_name(allow: Iterable[Any]) -> dict[str, Any]:
         made, name = each if isinstance(each, tuple) else (each, f"{each.__module__}.{each.__qualname__}")
         allowed[name] = made
     return allowed
-
-
-def _scan(stream: BinaryIO) -> None:
-    """Go through a pickle without doing what it says; afterwards the stream stands at its end.
-
-    How deep objects are nested is followed, because the interpreter crashes when it hashes a tuple of a million levels.
-
-    Raises:
-        CheckpointError: it ends early, or has what no file of ours has.
-    """
-    stack: list[list[int] | None] = []  # the depth of each object; None is a mark
-    memo: dict[int, list[int]] = {}
-    for count, (opcode, argument, _) in enumerate(_operations(stream)):
-        name = opcode.name
-        if name not in _OPCODES:
-            raise CheckpointError(f"malformed: the pickle operation {name}, which torch.save does not write")
-        if name in _GETS:
-            stack.append(memo.get(argument, [0]))
-        elif name in _PUTS or name == "MEMOIZE":
-            index = len(memo) if name == "MEMOIZE" else argument
-            if not (isinstance(index, int) and 0 <= index <= count):
-                raise CheckpointError("malformed: it notes an object beyond all that it has")  # which would take memory
-            memo[index] = (stack[-1] if stack else None) or [0]
-        elif name == "MARK":
-            stack.append(None)
-        elif name == "DUP":
-            stack.append(stack[-1] if stack else [0])
-        else:
-            _move(stack, *_EFFECTS[name], name in _GROWS)
-
-
-def _move(stack: list[list[int] | None], pops: int, to_mark: bool, pushes: int, grows: bool) -> None:
-    """Do to the depths what an operation does to its objects; what it pushes contains what it pops."""
-    deepest = -1
-    while to_mark and stack and (each := stack.pop()) is not None:
-        deepest = max(deepest, each[0])
-    for _ in range(min(pops - grows, len(stack))):
-        deepest = max(deepest, (stack.pop() or [0])[0])
-    if deepest > _MAX_DEPTH:
-        raise CheckpointError("its data is nested too deeply")
-    if grows:
-        if stack and (container := stack[-1]) is not None:
-            container[0] = max(container[0], deepest + 1)
-    elif pushes:
-        stack.append([deepest + 1])
-
-
-def _operations(stream: BinaryIO) -> Iterator[tuple[Any, Any, Any]]:
-    try:
-        yield from pickletools.genops(stream)
-    except (ValueError, EOFError, struct.error, DeprecationWarning) as error:  # a warning of text with odd escapes
-        raise CheckpointError(f"the file is cut short or damaged: {error}") from None

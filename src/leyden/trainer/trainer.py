@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from leyden import assemble, loop, ranks
+from leyden import assemble, checks, loop, ranks
 from leyden.callbacks import BasePredictionWriter, Callback
 from leyden.checkpoint import state
 from leyden.checkpoint.writer import Writer
@@ -192,7 +192,7 @@ class Trainer(TrainerRequests):
             DataError: if there is nothing to train on.
         """
         train_dataloaders = self._loaders("fit", "train_dataloaders", train_dataloaders, former)
-        assemble.check_fit(assemble.check_module(model))
+        checks.check_fit(checks.check_module(model))
         if self.strategy.start_method is not None:
             self._launch(self.fit, model, train_dataloaders, val_dataloaders, datamodule, ckpt_path)
             return
@@ -309,7 +309,7 @@ class Trainer(TrainerRequests):
             raise LeydenError(
                 f"{verb} was called while this Trainer runs {self._status.verb}. Use a Trainer of its own for it."
             )
-        datamodule = assemble.check_data(verb, datamodule, passed)
+        datamodule = checks.check_data(verb, datamodule, passed)
         assemble.join_formerly(module, self.strategy)
         self.strategy.connect()
         writing = ranks.share_loggers(self.strategy, self.loggers)
@@ -479,7 +479,7 @@ class Trainer(TrainerRequests):
         stage, kind = ("validation", "val") if verb == "validate" else (verb, verb)
         if model is None:
             model, datamodule, ckpt_path = self._ran_last(verb, datamodule, dataloaders is not None, ckpt_path)
-        with self._running(verb, assemble.check_module(model), datamodule, {kind: dataloaders}) as resolver:
+        with self._running(verb, checks.check_module(model), datamodule, {kind: dataloaders}) as resolver:
             weights_only = not state.wanted_by_hooks(model, self._active_callbacks)
             found = self._find_checkpoint(ckpt_path, verb, weights_only)
             if found is not None:

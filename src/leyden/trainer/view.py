@@ -220,10 +220,10 @@ class TrainerView(TrainerArguments):
         Returns:
             What was printed.
         """
-        from leyden import assemble
+        from leyden import assemble, checks
         from leyden.explain import explain
 
-        assemble.check_fit(assemble.check_module(model))
+        checks.check_fit(checks.check_module(model))
         text = explain(cast("Trainer", self), model, datamodule, assemble.dressed)
         print(text)
         return text

@@ -10,10 +10,14 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from leyden.compat.migrate import files, notebooks
 from leyden.compat.migrate.notes import Note
 from leyden.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from leyden.compat.migrate.uses import Plan
 
 WITHOUT_LIBCST = "Rewriting programs needs libcst, which is not installed. Install it: pip install 'leyden[migrate]'"
 
@@ -95,13 +99,13 @@ def _rewrite_all(sources: Sequence[Source], failed: list[str], write: bool) -> t
 
     from leyden.compat.migrate.rewriting import rewrite
 
-    known = _classes(sources)
+    known, plans = _plans(sources)
     changed: list[Path] = []
     notes: list[str] = []
     for source in sources:
         path = source.file.path
         try:
-            done = rewrite(source.program, known)
+            done = rewrite(source.program, known, plans.get(source, {}))
         except (ParserSyntaxError, RecursionError, ConfigurationError) as error:
             failed.append(f"{path}: cannot be rewritten, and is left as it is: {_one_line(error)}")
             continue
@@ -119,14 +123,18 @@ def _rewrite_all(sources: Sequence[Source], failed: list[str], write: bool) -> t
     return changed, notes
 
 
-def _classes(sources: Sequence[Source]) -> dict[str, str]:
-    """Classes that derive from ours, over all files: a file that knows of none may derive from another file's."""
+def _plans(sources: Sequence[Source]) -> tuple[dict[str, str], dict[Source, dict[str, Plan]]]:
+    """Classes that derive from ours, over all files, and what becomes of their hooks.
+
+    A file that knows of none may derive from another file's.
+    """
     from libcst import ParserSyntaxError
 
     from leyden.compat.migrate.facts import derived
-    from leyden.compat.migrate.rewriting import classes_of, concerns
+    from leyden.compat.migrate.rewriting import concerns, read
+    from leyden.compat.migrate.uses import Reading, decide
 
-    classes: dict[str, list[tuple[str | None, str]]] = {}
+    readings: dict[Source, Reading] = {}
     known: dict[str, str] = {}
     waiting, concerned = list(sources), list(sources)
     while concerned:
@@ -135,9 +143,10 @@ def _classes(sources: Sequence[Source]) -> dict[str, str]:
         for source in concerned:
             # what cannot be parsed is named when its turn comes to be rewritten
             with contextlib.suppress(ParserSyntaxError, RecursionError):
-                classes |= classes_of(source.program)
+                readings[source] = read(source.program)
+        classes = {name: each.bases for reading in readings.values() for name, each in reading.classes.items()}
         known = derived(classes)
-    return known
+    return known, dict(zip(readings, decide(list(readings.values()), known), strict=True))
 
 
 def _one_line(error: BaseException) -> str:

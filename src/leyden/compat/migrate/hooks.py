@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import libcst as cst
 from libcst import matchers
@@ -161,8 +162,39 @@ class Change:
     default: str | None = None
 
 
-def plan_class(node: cst.ClassDef, kind: str, facts: Facts, notes: Notes) -> dict[str, Change]:
-    """Decide what becomes of the hooks of a class, by their former names, and note what needs a hand."""
+State = Change | Literal["left"] | None
+"""What may become of a hook: a change, nothing although it is a former one, or nothing because it is right as it is."""
+HOOKS = frozenset(name for hooks in FORMER.values() for name in hooks) | _AFTER_BATCH
+"""The names of all hooks that `state` may change."""
+
+
+def state(function: cst.FunctionDef, kind: str) -> State:
+    """What may become of a hook, by itself."""
+    former = FORMER[kind].get(function.name.value)
+    change = _changed_by_itself(function, former, kind)
+    if change is not None and (change.name != function.name.value or change.parameters is not None):
+        return change
+    return "left" if change is None and _left(function, former, kind) is not None else None
+
+
+def _changed_by_itself(function: cst.FunctionDef, former: Former | None, kind: str) -> Change | None:
+    if lacks_outputs(function, kind):
+        return _with_outputs(function, kind)
+    return _change(function, former, kind) if former is not None else _with_default(function)
+
+
+def plan_class(
+    node: cst.ClassDef, kind: str, left: Mapping[str, str], facts: Facts, notes: Notes
+) -> dict[str, Change]:
+    """Decide what becomes of the hooks of a class, by their former names, and note what needs a hand.
+
+    Args:
+        node: the class.
+        kind: "module", "data" or "callback".
+        left: hooks to leave, with the use that is in the way.
+        facts: what is known of the file.
+        notes: where to note what needs a hand.
+    """
     functions = list(methods(node))
     names = {each.name.value for each in functions}
     loaders = {each.name.value: _loader(each) for each in functions}
@@ -170,15 +202,18 @@ def plan_class(node: cst.ClassDef, kind: str, facts: Facts, notes: Notes) -> dic
     for function in functions:
         name = function.name.value
         former = FORMER[kind].get(name)
-        if lacks_outputs(function, kind):
-            change = _with_outputs(function, kind)
-        else:
-            change = _change(function, former, kind) if former is not None else _with_default(function)
-        if change is not None and (change.name == name or change.name not in names):
+        change = _changed_by_itself(function, former, kind)
+        is_left = name in left and change is not None and (change.name != name or change.parameters is not None)
+        if change is not None and not is_left and (change.name == name or change.name not in names):
             changes[name] = change
             continue
-        if kind == "module" and name in _COLLECTING:
-            found: tuple[str, str] | None = _collect(name, function, loaders.get(_COLLECTING[name][0]))
+        found: tuple[str, str] | None
+        if change is not None and is_left:
+            given = change.parameters or [each.name.value for each in function.params.params][1:]
+            write = f"def {change.name}({', '.join(['self', *given])}), and the same wherever it is used"
+            found = (f"it is used otherwise too ({left[name]}), and stays.", write)
+        elif kind == "module" and name in _COLLECTING:
+            found = _collect(name, function, loaders.get(_COLLECTING[name][0]))
         else:
             found = _by_hand(function, kind) or _left(function, former, kind)
         if found is not None:
@@ -431,8 +466,11 @@ def saved_hparams(node: cst.Assign, function: cst.FunctionDef | None, facts: Fac
 
     Empty for another expression, and before ``super().__init__()``, where `save_hyperparameters` cannot be called.
     """
-    if len(node.targets) != 1 or dotted(node.targets[0].target) != "self.hparams":
+    targets = [each for target in node.targets for each in _parts(target.target)]
+    if "self.hparams" not in targets:
         return None
+    if len(targets) > 1 or not isinstance(node.targets[0].target, cst.Attribute):
+        return ""
     given = {each.name.value for each in function.params.params[1:]} if function is not None else set()
     if function is None or function.name.value != "__init__" or not isinstance(node.value, cst.Name):
         return ""
@@ -440,3 +478,10 @@ def saved_hparams(node: cst.Assign, function: cst.FunctionDef | None, facts: Fac
     if made and all(facts.line(node) < facts.line(each) for each in made):
         return ""
     return node.value.value if node.value.value in given else ""
+
+
+def _parts(target: cst.BaseExpression) -> list[str]:
+    """What is assigned to: the names in ``a, (b.c, *d) = …``."""
+    if isinstance(target, (cst.Tuple, cst.List)):
+        return [name for each in target.elements for name in _parts(each.value)]
+    return [dotted(target) or ""]

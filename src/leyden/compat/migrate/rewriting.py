@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import libcst as cst
@@ -12,11 +12,12 @@ from libcst.metadata import MetadataWrapper
 
 from leyden.compat.migrate import hooks, objects
 from leyden.compat.migrate.calls import Arguments
-from leyden.compat.migrate.facts import TRAINERS, Base, Facts, code, dotted, is_method_of_super
+from leyden.compat.migrate.facts import TRAINERS, Facts, code, dotted, is_method_of_super
 from leyden.compat.migrate.imports import add_imports, expression, rewrite_from, rewrite_import
 from leyden.compat.migrate.names import DATA_LOADER, RENAMED, place
 from leyden.compat.migrate.notes import Note, Notes
 from leyden.compat.migrate.trainer_arguments import rewrite_arguments, rules
+from leyden.compat.migrate.uses import Plan, Reader, Reading, decide
 from leyden.errors import ConfigurationError
 
 _OURS = re.compile(r"\b(?:pytorch_lightning|lightning|leyden|pl_bolts)\b")
@@ -43,17 +44,27 @@ def concerns(text: str, known: Mapping[str, str]) -> bool:
     return bool(_OURS.search(text)) or any(name in text for name in known)
 
 
-def classes_of(text: str) -> dict[str, list[Base]]:
-    """The classes of a file with what they derive from; for `derived`."""
-    return Facts(MetadataWrapper(cst.parse_module(text), unsafe_skip_copy=True), {}).bases
+def read(text: str) -> Reading:
+    """The classes of a file with what they derive from, and the hooks in it; for `derived` and `decide`."""
+    wrapper = MetadataWrapper(cst.parse_module(text), unsafe_skip_copy=True)
+    return _read(wrapper.module, Facts(wrapper, {}))
 
 
-def rewrite(text: str, known: Mapping[str, str] | None = None) -> Rewritten:
+def _read(module: cst.Module, facts: Facts) -> Reading:
+    reader = Reader(facts)
+    module.visit(reader)
+    return reader.reading
+
+
+def rewrite(
+    text: str, known: Mapping[str, str] | None = None, plans: Mapping[str, Plan] | None = None
+) -> Rewritten:
     """Rewrite what is written otherwise today, and note what needs a hand.
 
     Args:
         text: of a Python file.
         known: kinds of classes that other files define; see `derived`.
+        plans: what becomes of the hooks of its classes; see `decide`. Default: what this file alone tells.
 
     Raises:
         libcst.ParserSyntaxError: if this is not Python.
@@ -68,9 +79,11 @@ def rewrite(text: str, known: Mapping[str, str] | None = None) -> Rewritten:
     if wrapper.module.code != text:
         raise ConfigurationError("Its line ends are neither \\n nor \\r\\n, and would not be kept. Convert them first.")
     notes = Notes()
-    planned = _Plan(facts)
+    planned = _Planned(facts)
     wrapper.module.visit(planned)
-    rewriter = _Rewriter(facts, notes, planned)
+    if plans is None:
+        (plans,) = decide([_read(wrapper.module, facts)], known or {})
+    rewriter = _Rewriter(facts, notes, planned, plans)
     module = add_imports(wrapper.module.visit(rewriter), sorted(rewriter.wanted))
     found, new = notes.sorted(), module.code
     return Rewritten(new, found, _moved(found, text, new))
@@ -87,7 +100,7 @@ def _moved(notes: tuple[Note, ...], before: str, after: str) -> tuple[Note, ...]
     return tuple(replace(note, line=lines.get(note.line, note.line)) for note in notes)
 
 
-class _Plan(cst.CSTVisitor):
+class _Planned(cst.CSTVisitor):
     """What must be known of the whole file first: where names lead, and which packages are still needed."""
 
     def __init__(self, facts: Facts) -> None:
@@ -146,16 +159,16 @@ def _base(node: cst.BaseExpression) -> cst.Name | None:
 class _Rewriter(cst.CSTTransformer):
     """Rewrites from the innermost expression outwards; what is not concerned stays the same node, and so the same text."""
 
-    def __init__(self, facts: Facts, notes: Notes, planned: _Plan) -> None:
+    def __init__(self, facts: Facts, notes: Notes, planned: _Planned, plans: Mapping[str, Plan]) -> None:
         super().__init__()
-        self.facts, self.notes = facts, notes
+        self.facts, self.notes, self._plans = facts, notes, plans
         self.wanted: set[str] = set()
         self._kept, self._prefix, self._needs_loader = planned.kept, planned.prefix, planned.needs_loader
         self._quotes: list[str] = []
         self._rules = rules(self._callback)
         self._resumed, self._emptied = objects.plan_resumes(facts, planned.calls)
         self._of_then = objects.plan_callbacks(facts, planned.calls)
-        self._classes: list[tuple[str | None, dict[str, hooks.Change]]] = []
+        self._classes: list[tuple[str | None, dict[str, hooks.Change], Mapping[str, str]]] = []
         self._functions: list[cst.FunctionDef] = []
 
     def _callback(self, name: str, arguments: str) -> cst.BaseExpression:
@@ -172,23 +185,33 @@ class _Rewriter(cst.CSTTransformer):
     def leave_SimpleStatementLine(  # noqa: N802
         self, original: cst.SimpleStatementLine, updated: cst.SimpleStatementLine
     ) -> cst.SimpleStatementLine | cst.FlattenSentinel[cst.SimpleStatementLine] | cst.RemovalSentinel:
-        if not any(isinstance(each, cst.ImportFrom) for each in original.body):
+        body = self._with_imports(original.body, updated.body)
+        if body is None:
             return updated
-        parts: list[list[cst.BaseSmallStatement]] = [
-            rewrite_from(each, self.facts, self.notes, self._needs_loader)
-            if isinstance(each, cst.ImportFrom)
-            else [updated.body[number]]
-            for number, each in enumerate(original.body)
-        ]
-        if len(original.body) == 1 and len(parts[0]) > 1:
-            first, *more = parts[0]
+        if len(original.body) == 1 and len(body) > 1:
+            first, *more = body
             lines = [updated.with_changes(body=[first]), *(cst.SimpleStatementLine([each]) for each in more)]
             return cst.FlattenSentinel(lines)
-        body = [each for part in parts for each in part]
-        if not body:
-            return cst.RemoveFromParent()
-        same = len(body) == len(original.body) and all(a is b for a, b in zip(body, updated.body, strict=True))
-        return updated if same else updated.with_changes(body=body)
+        return updated.with_changes(body=body) if body else cst.RemoveFromParent()
+
+    def _with_imports(
+        self, original: Sequence[cst.BaseSmallStatement], updated: Sequence[cst.BaseSmallStatement]
+    ) -> list[cst.BaseSmallStatement] | None:
+        """The statements of a line with the imports of today; None if they are as they were."""
+        body: list[cst.BaseSmallStatement] = []
+        for each, new in zip(original, updated, strict=True):
+            if isinstance(each, cst.ImportFrom):
+                body += rewrite_from(each, self.facts, self.notes, self._needs_loader)
+            else:
+                body.append(new)
+        same = len(body) == len(updated) and all(a is b for a, b in zip(body, updated, strict=True))
+        return None if same else body
+
+    def leave_SimpleStatementSuite(  # noqa: N802
+        self, original: cst.SimpleStatementSuite, updated: cst.SimpleStatementSuite
+    ) -> cst.SimpleStatementSuite:
+        body = self._with_imports(original.body, updated.body)
+        return updated if body is None else updated.with_changes(body=body or [cst.Pass()])
 
     def visit_ImportFrom(self, node: cst.ImportFrom) -> bool:  # noqa: N802
         return False
@@ -211,9 +234,9 @@ class _Rewriter(cst.CSTTransformer):
         name = original.attr.value
         if name in objects.TRAINER_ATTRIBUTES and self.facts.is_trainer(original.value):
             return updated.with_changes(attr=cst.Name(objects.TRAINER_ATTRIBUTES[name]))
-        change = self._classes[-1][1].get(name) if self._classes else None
-        if change is not None and (dotted(original.value) == "self" or is_method_of_super(original)):
-            return updated.with_changes(attr=cst.Name(change.name))
+        today = self._classes[-1][2].get(name) if self._classes else None
+        if today is not None and (dotted(original.value) == "self" or is_method_of_super(original)):
+            return updated.with_changes(attr=cst.Name(today))
         parent = self.facts.parents.get(original)
         base = _base(original)
         if base is None or (isinstance(parent, cst.Attribute) and parent.value is original):
@@ -315,8 +338,9 @@ class _Rewriter(cst.CSTTransformer):
 
     def visit_ClassDef(self, node: cst.ClassDef) -> None:  # noqa: N802
         kind = self.facts.kind(node)
-        changes = hooks.plan_class(node, kind, self.facts, self.notes) if kind is not None else {}
-        self._classes.append((kind, changes))
+        plan = self._plans.get(node.name.value, Plan())
+        changes = hooks.plan_class(node, kind, plan.left, self.facts, self.notes) if kind is not None else {}
+        self._classes.append((kind, changes, plan.renamed if kind is not None else {}))
 
     def leave_ClassDef(self, original: cst.ClassDef, updated: cst.ClassDef) -> cst.ClassDef:  # noqa: N802
         self._classes.pop()
