@@ -45,7 +45,7 @@ def is_former(owner: Any, base: type, former: frozenset[str]) -> bool:
             return True
         if name == "backward" and len(parameters) > 1 and not method.__defaults__:
             return True
-        if name == "transfer_batch_to_device" and len(parameters) == 2:
+        if name in ("transfer_batch_to_device", "on_save_checkpoint") and len(parameters) == 2:
             return True
     return False
 

@@ -322,3 +322,38 @@ def test_two_loaders_of_which_one_gave_nothing(tmp_path: Path) -> None:
     module = Quiet()
     make_trainer(tmp_path).validate(module, [loader(4), loader(2)])
     assert module.calls == [[2, 0]]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_state_that_a_callback_returned(tmp_path: Path, alone: bool) -> None:
+    class Counts(pl.Callback):
+        def __init__(self) -> None:
+            self.batches = 0
+
+        def on_batch_end(self, trainer: Any, pl_module: Any) -> None:
+            self.batches += 1
+
+        def on_save_checkpoint(self, trainer: Any, pl_module: Any) -> Any:  # type: ignore[override]
+            return {"batches": self.batches}
+
+    def load_alone(self: Any, state: Any) -> None:
+        self.batches = state["batches"]
+
+    def load(self: Any, trainer: Any, pl_module: Any, state: Any) -> None:
+        self.batches = state["batches"]
+
+    kind = type("Counts", (Counts,), {"on_load_checkpoint": load_alone if alone else load})
+    first = kind()
+    trainer = make_trainer(tmp_path, first)
+    trainer.fit(One(), loader())
+    path = tmp_path / "x.ckpt"
+    module = One()
+
+    class Saves(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.at_step_boundary(lambda: trainer.save_checkpoint(path))
+
+    make_trainer(tmp_path, kind(), Saves()).fit(module, loader())
+    second = kind()
+    make_trainer(tmp_path, second, max_epochs=2).fit(One(), loader(), ckpt_path=path)
+    assert (first.batches, second.batches) == (4, 8)

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from leyden.callbacks.callback import Callback
 from leyden.compat.calls import Hook, adapted, arguments_of, fits, names_of, needs, spelled, takes
 from leyden.compat.once import tell
+from leyden.compat.places import EPOCH_ENDS, PLACES, SINGLE, TODAY
 from leyden.compat.results import Results, kept
 from leyden.compat.turns import Turns, split_batch
 from leyden.errors import ConfigurationError, HookError
@@ -38,57 +39,6 @@ from leyden.strategy.ddp import DDPStrategy
 if TYPE_CHECKING:
     from leyden.trainer import Trainer
 
-_EPOCH_ENDS = {
-    "validation": ("validation_epoch_end", "validation_end"),
-    "test": ("test_epoch_end", "test_end"),
-}
-_COLLECTED = "self.log in {0}_step, which means over the epoch; or a list of your own, used in on_{0}_epoch_end()"
-_TODAY = {
-    "training_end": "compute it in training_step",
-    "training_step_end": "compute it in training_step",
-    "training_epoch_end": "keep what is needed in a list of your own, and use it in on_train_epoch_end()",
-    "validation_step_end": "compute it in validation_step",
-    "test_step_end": "compute it in test_step",
-    **{name: _COLLECTED.format(stage) for stage, names in _EPOCH_ENDS.items() for name in names},
-    "on_epoch_start": "on_train_epoch_start()",
-    "on_epoch_end": "on_train_epoch_end()",
-    "on_batch_start": "on_train_batch_start(batch, batch_idx)",
-    "on_batch_end": "on_train_batch_end(outputs, batch, batch_idx)",
-    "on_pre_performance_check": "on_validation_start() and on_test_start()",
-    "on_post_performance_check": "on_validation_end() and on_test_end()",
-    "on_pretrain_routine_start": "on_fit_start()",
-    "on_pretrain_routine_end": "on_fit_start()",
-    "on_init_start": "setup(trainer, pl_module, stage)",
-    "on_init_end": "setup(trainer, pl_module, stage)",
-    "on_keyboard_interrupt": "on_exception(trainer, pl_module, exception)",
-    "tng_dataloader": "train_dataloader()",
-    "tbptt_split_batch": "split the batch in training_step, with automatic_optimization = False",
-    "configure_apex": "Trainer(precision='16-mixed') or 'bf16-mixed', which torch does by itself; it is not called",
-    "get_progress_bar_dict": "self.log(name, value, prog_bar=True); it is not called",
-    "get_tqdm_dict": "self.log(name, value, prog_bar=True); it is not called",
-    "configure_ddp": "Trainer(strategy=DDPStrategy(find_unused_parameters=…))",
-    "init_ddp_connection": "Trainer(devices=…, num_nodes=…), torchrun or srun, which join the ranks",
-}
-_PLACES = {
-    "on_epoch_start": ("on_train_epoch_start",),
-    "on_batch_start": ("on_train_batch_start",),
-    "on_pretrain_routine_start": ("on_fit_start",),
-    "on_pretrain_routine_end": ("on_fit_start",),
-    "on_pre_performance_check": ("on_validation_start", "on_test_start"),
-    "on_epoch_end": ("on_train_epoch_end",),
-    "on_batch_end": ("on_train_batch_end",),
-    "on_post_performance_check": ("on_validation_end", "on_test_end"),
-}
-"""Hooks of then, and of today at the same places."""
-_SINGLE = {
-    "optimizer_step": ("epoch", "batch_idx", "optimizer", "optimizer_closure"),
-    "optimizer_zero_grad": ("epoch", "batch_idx", "optimizer"),
-    "lr_scheduler_step": ("scheduler", "metric"),
-    "configure_gradient_clipping": ("optimizer", "gradient_clip_val", "gradient_clip_algorithm"),
-    "backward": ("loss",),
-    "transfer_batch_to_device": ("batch", "device", "dataloader_idx"),
-}
-"""Hooks that one asks for, and their arguments of today."""
 _INDEX = {"optimizer_idx", "optimizer_i", "opt_idx"}
 _NOTHING = object()
 _greeted: WeakKeyDictionary[object, set[tuple[int, str]]] = WeakKeyDictionary()
@@ -139,10 +89,10 @@ class Dress:
     def _put_on(self, callbacks: Sequence[Callback]) -> None:
         module, trainer = self._module, self._trainer
         for name in self._former:
-            tell(f"{type(module).__name__}.{name}", _TODAY[name])
+            tell(f"{type(module).__name__}.{name}", TODAY[name])
         self._dress_moments(module, self._former, ())
         self._dress_training()
-        for stage in _EPOCH_ENDS:
+        for stage in EPOCH_ENDS:
             self._dress_evaluation(stage)
         if "tng_dataloader" in self._former and self._own("train_dataloader") is None:
             loader = self._module.tng_dataloader
@@ -221,7 +171,7 @@ class Dress:
                 last = ("dataloader_idx",) if event.per_dataloader else ()
                 more = self._of_epoch if name == "on_train_epoch_end" else self._turn
                 self._wear(name, adapted(hook, (*today, *last), more), hook, owner)
-        for name, places in _PLACES.items():
+        for name, places in PLACES.items():
             for place in places if name in former else ():
                 then = adapted(getattr(owner, name), (*before, *EVENTS[place].arguments))
                 now = getattr(owner, place) if overridden(owner, place, base) else None
@@ -232,11 +182,14 @@ class Dress:
     def _dress_callback(self, callback: Callback) -> None:
         former = former_hooks(callback, Callback, FORMER_CALLBACK_HOOKS)
         for name in former:
-            places = _PLACES.get(name, ())
+            places = PLACES.get(name, ())
             today = [f"{place}({', '.join(('trainer', 'pl_module', *EVENTS[place].arguments))})" for place in places]
-            tell(f"{type(callback).__name__}.{name}", " and ".join(today) or _TODAY[name])
+            tell(f"{type(callback).__name__}.{name}", " and ".join(today) or TODAY[name])
         self._dress_moments(callback, former, ("trainer", "pl_module"))
         self._greetings += [getattr(callback, name) for name in ("on_init_start", "on_init_end") if name in former]
+        save = callback.on_save_checkpoint
+        if overridden(callback, "on_save_checkpoint", Callback) and takes(save) == 2:
+            self._dress_state(callback, save, callback.on_load_checkpoint)
         if "on_keyboard_interrupt" in former:
             told = callback.on_keyboard_interrupt  # type: ignore[attr-defined]  # a hook of then
             own = callback.on_exception if overridden(callback, "on_exception", Callback) else None
@@ -244,13 +197,27 @@ class Dress:
                 "on_exception", _one_after_the_other(functools.partial(_if_interrupted, told), own), told, callback
             )
 
+    def _dress_state(self, callback: Callback, save: Hook, load: Hook) -> None:
+        """Keep what ``on_save_checkpoint(trainer, pl_module)`` returned: the callback's state, for `on_load_checkpoint`."""
+        trainer, module = self._trainer, self._module
+        tell(
+            f"{type(callback).__name__}.on_save_checkpoint(trainer, pl_module), which returns a state",
+            "state_dict(self), and load_state_dict(self, state) for on_load_checkpoint",
+        )
+        self._wear("state_dict", lambda: save(trainer, module) or {}, save, callback)
+        self._wear("on_save_checkpoint", _nothing, save, callback)
+        if overridden(callback, "on_load_checkpoint", Callback):
+            loads = (lambda state: load(state)) if takes(load) == 1 else (lambda state: load(trainer, module, state))
+            self._wear("load_state_dict", loads, load, callback)
+            self._wear("on_load_checkpoint", _nothing, load, callback)
+
     # Training
 
     def _dress_training(self) -> None:
         self._wear("training_step", self._train_alone, of=self._step)
         configure = self._module.configure_optimizers
         self._wear("configure_optimizers", self._configure_optimizers(configure), of=configure)
-        for name, today in _SINGLE.items():
+        for name, today in SINGLE.items():
             hook = self._own(name)
             if hook is not None and (not fits(hook, today) or _INDEX & {*names_of(hook)}):
                 if name != "optimizer_step":
@@ -343,7 +310,7 @@ class Dress:
 
     def _check_epoch_ends(self) -> None:
         kind = type(self._module).__name__
-        for names in (*_EPOCH_ENDS.values(), ("training_epoch_end",)):
+        for names in (*EPOCH_ENDS.values(), ("training_epoch_end",)):
             present = [name for name in names if name in self._former]
             if len(present) > 1:
                 raise HookError(
@@ -397,7 +364,7 @@ class Dress:
         step, after, end = (
             self._own(f"{stage}_step"),
             self._own(f"{stage}_step_end"),
-            self._first_of(*_EPOCH_ENDS[stage]),
+            self._first_of(*EPOCH_ENDS[stage]),
         )
         if step is None or (after is None and end is None):
             return
@@ -454,6 +421,10 @@ def join_ranks(module: LightningModule, strategy: Strategy) -> None:
             "is_slurm_managing_tasks": False,
         }
         join(*arguments_of(join, known))
+
+
+def _nothing(trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+    """In the place of a hook that means something else today."""
 
 
 def _one_after_the_other(*hooks: Hook | None) -> Hook:
