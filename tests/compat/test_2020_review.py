@@ -357,3 +357,13 @@ def test_the_state_that_a_callback_returned(tmp_path: Path, alone: bool) -> None
     second = kind()
     make_trainer(tmp_path, second, max_epochs=2).fit(One(), loader(), ckpt_path=path)
     assert (first.batches, second.batches) == (4, 8)
+
+
+def test_names_of_the_users_own_are_given_by_position(tmp_path: Path) -> None:
+    class Own(One):
+        def on_train_batch_start(self, b: Any, i: int, dataloader_idx: int) -> Any:  # type: ignore[override]
+            self.calls.append((len(b), i, dataloader_idx))
+
+    module = Own()
+    make_trainer(tmp_path, limit_train_batches=2).fit(module, loader())
+    assert module.calls == [(1, 0, 0), (1, 1, 0)]

@@ -234,6 +234,35 @@ IMPORTS = {
     "def f():\n    from pytorch_lightning import Trainer; return Trainer(gpus=0)": (
         "def f():\n    from leyden import Trainer; return Trainer(accelerator=\"cpu\")"
     ),
+    "import sys\nif sys: from pytorch_lightning import Trainer\nTrainer(gpus=0)": (
+        "import sys\nif sys: from leyden import Trainer\nTrainer(accelerator=\"cpu\")"
+    ),
+    "if x: from pytorch_lightning import data_loader": "if x: pass",
+    "import pytorch_lightning\nframework = pytorch_lightning\nframework.__name__": (
+        "import leyden\nframework = leyden\nframework.__name__"
+    ),
+    "import pytorch_lightning\nx = [pytorch_lightning]\nf(pytorch_lightning=pytorch_lightning)\ndel pytorch_lightning": (
+        "import leyden\nx = [leyden]\nf(pytorch_lightning=leyden)\ndel leyden"
+    ),
+    "import lightning.pytorch\nclass K: pl = lightning\nx: lightning = lightning.pytorch.Trainer": (
+        "import leyden\nclass K: pl = leyden\nx: leyden = leyden.Trainer"
+    ),
+    # a name that is not only the package stays, for what else uses it
+    "try:\n    import pytorch_lightning\nexcept ImportError:\n    pytorch_lightning = None\nif pytorch_lightning: pass": (
+        "try:\n    import leyden as pytorch_lightning\nexcept ImportError:\n    pytorch_lightning = None\n"
+        "if pytorch_lightning: pass"
+    ),
+    "import pytorch_lightning.callbacks\ndef f(lightning, *, pytorch_lightning): pytorch_lightning.logging.CSVLogger('.')": (
+        "import leyden.callbacks, leyden as pytorch_lightning\n"
+        "def f(lightning, *, pytorch_lightning): pytorch_lightning.logging.CSVLogger('.')"
+    ),
+    "import lightning\ndef f():\n    global lightning\n    import lightning\nlightning.pytorch.Trainer": (
+        "import leyden as lightning\ndef f():\n    global lightning\n    import leyden as lightning\nlightning.Trainer"
+    ),
+    "import lightning\ndef f(x: 'list[lightning.Trainer]'): pass": (
+        "import leyden as lightning\ndef f(x: 'list[lightning.Trainer]'): pass"
+    ),
+    "import lightning.pytorch as lightning\nlightning.Trainer": "import leyden as lightning\nlightning.Trainer",
 }  # fmt: skip
 
 
@@ -1051,6 +1080,102 @@ def test_a_call_within_an_f_string_keeps_its_quotes() -> None:
     assert note.write == 'L.Trainer(accelerator="cpu")'
 
 
+def test_targets_of_hparams() -> None:
+    found = notes("""
+        import leyden
+        class A(leyden.LightningModule):
+            def __init__(self, hparams):
+                super().__init__()
+                self.hparams, self.z = hparams, 1
+                self.hparams = self.kept = hparams
+                [self.x, (self.hparams, *self.y)] = hparams
+                self.hparams["x"], self.hparams.y = 1, 2
+        """)
+    assert [(note.line, note.what) for note in found] == [(line, "self.hparams = …") for line in (5, 6, 7)]
+
+
+BASE = "import leyden as pl\nclass Base(pl.LightningModule):\n    def on_epoch_start(self): print('base')\n"
+USES = {
+    "mixin": "class Mixin:\n    def on_epoch_start(self): super().on_epoch_start()\nclass Net(Mixin, Base): pass\n",
+    "mixin-used": "class Mixin:\n    def f(self): self.on_epoch_start()\nclass Net(Mixin, Base): pass\n",
+    "qualified": "class Net(Base):\n    def on_epoch_start(self): Base.on_epoch_start(self)\n",
+    "lambda": "class Net(Base):\n    on_epoch_start = lambda self: None\n",
+    "assigned": "class Net(Base):\n    def f(self): self.on_epoch_start = print\n",
+    "condition": "class Net(Base):\n    if True:\n        def on_epoch_start(self): print('net')\n",
+    "object": "def f(net): net.on_epoch_start()\n",
+    "string": "class Net(Base):\n    def f(self): getattr(self, 'on_epoch_start')()\n",
+    "today": "class Net(Base):\n    def on_train_epoch_start(self): pass\n",
+    "left": "class Net(Base):\n    def on_epoch_start(self, *more): super().on_epoch_start()\n",
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_a_hook_that_is_used_otherwise_stays_and_is_listed(name: str) -> None:
+    code = BASE + USES[name]
+    assert again(code) == code
+    first = rewrite(code).notes[0]
+    assert (first.line, first.what) == (3, "on_epoch_start()")
+    assert first.write == "def on_train_epoch_start(self), and the same wherever it is used"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "class Net(Base):\n    def f(self): self.on_epoch_start(); super().on_epoch_start(); f = self.on_epoch_start\n",
+        "class Net(Base):\n    def on_epoch_start(self): super().on_epoch_start()\n",
+    ],
+)
+def test_a_hook_is_rewritten_where_classes_below_use_it(use: str) -> None:
+    code = BASE + use
+    assert again(code) == code.replace("on_epoch_start", "on_train_epoch_start")
+    assert not rewrite(code).notes
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "class Counter:\n    def on_epoch_start(self): self.on_epoch_start()\nCounter.on_epoch_start(Counter())\n",
+        "def on_epoch_start(trainer, module): pass\nf(on_epoch_start=on_epoch_start)\n",
+        "class Other(pl.LightningModule):\n    def on_batch_end(self, *more): pass\n",
+    ],
+)
+def test_a_hook_is_rewritten_beside_what_has_nothing_to_do_with_it(use: str) -> None:
+    assert again(BASE + use) == BASE.replace("on_epoch_start", "on_train_epoch_start") + use
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "def on_batch_end(self): print(1)\n    def helper(self): self.on_batch_end()",
+        "def on_batch_end(self): print(1)\n    def helper(self): super().on_batch_end()",
+        "def transfer_batch_to_device(self, b, device): return b\n"
+        "    def f(self, b): return self.transfer_batch_to_device(b, 'cpu')",
+        "def on_epoch_end(self): print(1)\n    def training_epoch_end(self, outputs): print(2)",
+        "def on_train_epoch_end(self, outputs): pass\n"
+        "class Net(A):\n    def on_train_epoch_end(self, unused=None): super().on_train_epoch_end(unused)",
+    ],
+)
+def test_a_hook_whose_arguments_change_stays_where_it_is_called_otherwise(body: str) -> None:
+    code = f"import leyden\nclass A(leyden.LightningModule):\n    {body}\n"
+    assert again(code) == code
+    assert rewrite(code).notes[0].line == 3
+
+
+def test_a_hook_that_is_used_otherwise_in_another_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "base.py").write_text(BASE, encoding="utf-8")
+    use = "from base import Base as B\nclass Net(B):\n    def on_epoch_start(self): B.on_epoch_start(self)\n"
+    (tmp_path / "net.py").write_text(use, encoding="utf-8")
+    assert main(["--write", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert (
+        f"{tmp_path / 'base.py'}:3: on_epoch_start(): it is used otherwise too (B.on_epoch_start), and stays; leyden"
+        in out
+    )
+    assert f"{tmp_path / 'net.py'}:3: on_epoch_start()" in out
+    assert (tmp_path / "net.py").read_text("utf-8") == use
+    assert (tmp_path / "base.py").read_text("utf-8") == BASE
+
+
 def test_other_classes_are_left_alone() -> None:
     code = "import leyden\n\n\nclass A:\n    def on_epoch_end(self):\n        self.hparams = 1\n"
     assert rewrite(code).text == code
@@ -1122,9 +1247,10 @@ def test_nothing_is_changed_without_being_asked(tmp_path: Path, capsys: pytest.C
         ),
         (f"#!/usr/bin/env python\n{OLD}\x0c\n# é\n\tif".encode()[:-4] + b"\n\n\n  ", None),
         (OLD.encode()[:-1], NEW.encode()[:-1]),
+        (b"import pytorch_lightning\n # a\n \t", b"import leyden\n # a\n \t"),
         (b"x = 1\r\nimport pytorch_lightning\ny = 2\r\n", b"x = 1\r\nimport leyden\ny = 2\r\n"),
     ],
-    ids=["crlf", "mark", "latin-1", "odd", "no-newline", "mixed"],
+    ids=["crlf", "mark", "latin-1", "odd", "no-newline", "blanks", "mixed"],
 )
 def test_bytes_stay(before: bytes, after: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "a.py"
@@ -1211,6 +1337,42 @@ def test_notebooks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--check", str(path)]) == 0
     path.write_text("{}", encoding="utf-8")
     assert main([str(path)]) == 1
+
+
+def notebook(path: Path, *cells: str) -> str:
+    each = [{"cell_type": "code", "metadata": {}, "source": cell} for cell in cells]
+    path.write_text(json.dumps({"cells": each, "nbformat": 4}, indent=1) + "\n", encoding="utf-8")
+    return path.read_text("utf-8")
+
+
+def test_lines_for_ipython(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.ipynb"
+    cells = [
+        "%%time\nimport pytorch_lightning as pl\n!pip install \\\n    torch \\\n\t--quiet\nx = !ls\nd['=%s'], e = !ls",
+        "if x:\n    !pip install pytorch_lightning\nfiles = %who_ls\npl.Trainer??\n?x\nx['a'].b ?\nawait x",
+        'a = ("%d"\n%who\n)\nb = """\n!ls\nwhat?\n""" \\\n% 3\nt = pl.Trainer(gpus=0)  # why?',
+    ]
+    before = notebook(path, *cells)
+    assert main(["--write", str(path)]) == 0
+    assert "leyden-keeps" not in capsys.readouterr().out
+    after = before.replace("import pytorch_lightning as", "import leyden as").replace("gpus=0", 'accelerator=\\"cpu\\"')
+    assert path.read_text("utf-8") == after
+
+
+def test_a_name_that_a_line_for_ipython_uses_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a.ipynb"
+    before = notebook(path, "import lightning\n!pip install lightning.x", "%time lightning.Trainer()\nx = [lightning]")
+    assert main(["--write", str(path)]) == 0
+    assert path.read_text("utf-8") == before.replace("import lightning", "import leyden as lightning")
+
+
+@pytest.mark.parametrize("wrong", ["x = 1\nprint 'a'", "a ? b"])
+def test_a_cell_that_cannot_be_parsed_is_named(wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.ipynb"
+    before = notebook(path, "import lightning", "x = 1", wrong)
+    assert main(["--write", str(path)]) == 1
+    assert f"{path}:cell 2: cannot be rewritten" in capsys.readouterr().err
+    assert path.read_text("utf-8") == before
 
 
 def test_torch_is_not_needed(tmp_path: Path) -> None:

@@ -68,12 +68,14 @@ def arguments_of(hook: Hook, known: Mapping[str, Any], given: Sequence[Any] | No
     if takes(hook) == _ANY_NUMBER:
         return positional
     found: list[Any] = []
-    for parameter in parameters_of(hook):
+    for place, parameter in enumerate(parameters_of(hook)):
         name = parameter.name if parameter.name in known else _MEANT.get(parameter.name, parameter.name)
         if name in known:
             found.append(known[name])
         elif parameter.default is not inspect.Parameter.empty:
             break  # what follows has defaults too
+        elif place < len(given or ()):
+            found.append(positional[place])  # a name of the user's own
         else:
             return positional[: needs(hook)]
     return found

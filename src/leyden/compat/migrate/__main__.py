@@ -34,6 +34,27 @@ class Source:
         """What the file holds with this program."""
         return program if self.notebook is None else notebooks.closed(self.notebook, program)
 
+    def difference(self, program: str) -> str:
+        """What another program changes, as it is printed."""
+        before, after = (
+            each if self.notebook is None else notebooks.shown(self.notebook, each) for each in (self.program, program)
+        )
+        return _diff(self.file.path, before, after)
+
+    def failure(self, error: Exception) -> str:
+        """Why this cannot be rewritten, with the place in a notebook."""
+        place, why = str(self.file.path), str(error)
+        if self.notebook is not None:
+            from libcst import ParserSyntaxError, parse_module
+
+            for number, text in notebooks.cells(self.program):
+                try:
+                    parse_module(text)
+                except ParserSyntaxError as own:
+                    place, why = f"{place}:cell {number}", own.message
+                    break
+        return f"{place}: cannot be rewritten, and is left as it is: {_one_line(why)}"
+
     def shown(self, note: Note, program: str) -> str:
         """A note with its place."""
         if self.notebook is None:
@@ -107,14 +128,14 @@ def _rewrite_all(sources: Sequence[Source], failed: list[str], write: bool) -> t
         try:
             done = rewrite(source.program, known, plans.get(source, {}))
         except (ParserSyntaxError, RecursionError, ConfigurationError) as error:
-            failed.append(f"{path}: cannot be rewritten, and is left as it is: {_one_line(error)}")
+            failed.append(source.failure(error))
             continue
         shown, program = (done.later, done.text) if write else (done.notes, source.program)
         notes += [source.shown(note, program) for note in shown]
         if done.text == source.program:
             continue
         changed.append(path)
-        print(_diff(path, source.program, done.text), end="")
+        print(source.difference(done.text), end="")
         if write:
             try:
                 files.write(source.file, source.text(done.text))
@@ -149,8 +170,8 @@ def _plans(sources: Sequence[Source]) -> tuple[dict[str, str], dict[Source, dict
     return known, dict(zip(readings, decide(list(readings.values()), known), strict=True))
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _diff(path: Path, before: str, after: str) -> str:

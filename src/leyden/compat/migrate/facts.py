@@ -102,6 +102,14 @@ class Facts(cst.CSTVisitor):
         imported = sorted(each.name for each in found if each.source is QualifiedNameSource.IMPORT)
         return imported[0] if imported else None
 
+    def imported_only(self, node: cst.CSTNode) -> set[str]:
+        """All dotted names that an expression may refer to; empty if one of them is not imported."""
+        found = self._qualified.get(node) or ()
+        found = found() if callable(found) else found
+        return (
+            {each.name for each in found} if all(each.source is QualifiedNameSource.IMPORT for each in found) else set()
+        )
+
     def meaning(self, node: cst.CSTNode) -> str | None:
         """The dotted name in leyden, as in ``leyden.callbacks.EarlyStopping``; None for what is not ours."""
         path = self.path(node)
@@ -163,7 +171,7 @@ class Facts(cst.CSTVisitor):
         for base in node.bases:
             expression = base.value.value if isinstance(base.value, cst.Subscript) else base.value
             meaning = self.meaning(expression) or ""
-            name = (meaning or dotted(expression) or "").rpartition(".")[2]
+            name = (meaning or self.path(expression) or dotted(expression) or "").rpartition(".")[2]
             kind = KINDS.get(name, "callback" if meaning.startswith("leyden.callbacks.") else None) if meaning else None
             bases.append((kind, "" if meaning else name))
         return bases

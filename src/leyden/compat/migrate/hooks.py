@@ -127,6 +127,7 @@ PIECES = (
     "step(), hiddens = hiddens.detach(); leyden still takes the former way",
 )
 _BAR = ("the progress bar is asked.", "a subclass of leyden.callbacks.RichProgressBar")
+_NOT_RUN = "; leyden does not run a former hook that another method calls"
 _STRATEGY = ("this belongs to the strategy.", 'Trainer(strategy=…), such as leyden.strategies.DDPStrategy(…) or "ddp"')
 _NEEDS_A_HAND: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("training_end", "training_step_end", "validation_step_end", "test_step_end"), _WITHIN_STEP),
@@ -183,9 +184,7 @@ def _changed_by_itself(function: cst.FunctionDef, former: Former | None, kind: s
     return _change(function, former, kind) if former is not None else _with_default(function)
 
 
-def plan_class(
-    node: cst.ClassDef, kind: str, left: Mapping[str, str], facts: Facts, notes: Notes
-) -> dict[str, Change]:
+def plan_class(node: cst.ClassDef, kind: str, left: Mapping[str, str], facts: Facts, notes: Notes) -> dict[str, Change]:
     """Decide what becomes of the hooks of a class, by their former names, and note what needs a hand.
 
     Args:
@@ -209,9 +208,13 @@ def plan_class(
             continue
         found: tuple[str, str] | None
         if change is not None and is_left:
-            given = change.parameters or [each.name.value for each in function.params.params][1:]
+            given = [each.name.value for each in function.params.params][1:]
+            given = given if change.parameters is None else [*change.parameters]
             write = f"def {change.name}({', '.join(['self', *given])}), and the same wherever it is used"
-            found = (f"it is used otherwise too ({left[name]}), and stays.", write)
+            found = (
+                f"it is used otherwise too ({left[name]}), and stays{_NOT_RUN if '.' in left[name] else ''}.",
+                write,
+            )
         elif kind == "module" and name in _COLLECTING:
             found = _collect(name, function, loaders.get(_COLLECTING[name][0]))
         else:

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 import libcst as cst
 
 from leyden.compat.migrate.calls import closing_comma
-from leyden.compat.migrate.facts import Facts, dotted
+from leyden.compat.migrate.facts import Facts, code, dotted
 from leyden.compat.migrate.names import DATA_LOADER, HAS, Place, is_ours, place
 from leyden.compat.migrate.notes import Notes
 
+PACKAGES = ("pytorch_lightning", "lightning")
+"""What is called otherwise today."""
 Statements = list[cst.BaseSmallStatement]
 
 
@@ -23,7 +25,67 @@ def expression(path: str) -> cst.Name | cst.Attribute:
     return node
 
 
-def rewrite_import(node: cst.Import, facts: Facts, notes: Notes, kept: Mapping[str, str]) -> cst.Import:
+class Bound:
+    """Packages that are imported without ``as``: what their names become, wherever they stand in the file.
+
+    Attributes:
+        names: by package: "leyden"; "as" where the name is assigned, a parameter or otherwise not only the package: it stays, as
+            another name of leyden's; "stays" where that cannot be, for leyden lacks something that is used by that name.
+    """
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.names: dict[str, str] = {}
+        self._others: set[str] = set()
+
+    def see_import(self, node: cst.Import) -> None:
+        """Import statements."""
+        for alias in node.names:
+            path = dotted(alias.name) or ""
+            root, found = path.split(".")[0], place(path)
+            if alias.asname is not None:
+                self._others.add(dotted(alias.asname.name) or "")
+            elif root in PACKAGES and found is not None:
+                there = found[0].missing is None or found[0].path in _modules_that_are_there()
+                self.names[root] = "leyden" if there else self.names.get(root, "stays")
+
+    def see_name(self, node: cst.Name) -> None:
+        """Names, of which one that is not only the package is enough for the name to stay."""
+        parent = self.facts.parents.get(node)
+        within = parent
+        while isinstance(within, cst.Attribute):
+            within = self.facts.parents.get(within)
+        is_attribute = isinstance(parent, cst.Attribute) and parent.attr is node
+        is_keyword = isinstance(parent, cst.Arg) and parent.keyword is node
+        is_import = isinstance(within, (cst.ImportAlias, cst.ImportFrom))
+        if node.value not in PACKAGES or is_attribute or is_keyword or is_import:
+            return
+        if self.facts.imported_only(node) != {node.value}:
+            self._others.add(node.value)
+
+    def see_annotation(self, node: cst.Annotation) -> None:
+        """Annotations, which may be strings with names in them."""
+        text = code(node.annotation)
+        if '"' in text or "'" in text:
+            self._others |= {name for name in PACKAGES if name in text}
+
+    def settle(self, kept: dict[str, str]) -> None:
+        """Decide, when all has been seen; ``kept`` as in `rewrite_import`."""
+        for name in self._others & self.names.keys():
+            self.names[name] = "as" if name not in kept and self.names[name] != "stays" else "stays"
+        kept |= {name: "alone" for name, what in self.names.items() if what == "stays"}
+
+    def is_renamed(self, node: cst.Name) -> bool:
+        """Whether this is such a name by itself, not the beginning of a chain, and becomes ``leyden``."""
+        parent = self.facts.parents.get(node)
+        if self.names.get(node.value) != "leyden" or isinstance(parent, cst.Attribute):
+            return False
+        return not (isinstance(parent, cst.Arg) and parent.keyword is node) and self.facts.path(node) == node.value
+
+
+def rewrite_import(
+    node: cst.Import, facts: Facts, notes: Notes, kept: Mapping[str, str], bound: Mapping[str, str]
+) -> cst.Import:
     """``import a.b as c``, ``import a.b``.
 
     Args:
@@ -31,8 +93,10 @@ def rewrite_import(node: cst.Import, facts: Facts, notes: Notes, kept: Mapping[s
         facts: what is known of the file.
         notes: where to note modules that leyden does not have.
         kept: packages that are still needed under their own names: "alone", or "too" where names of leyden's are used as well.
+        bound: what the names of packages become; see `Bound`.
     """
     names: list[cst.ImportAlias] = []
+    apart = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
     for alias in node.names:
         path = dotted(alias.name) or ""
         found = place(path)
@@ -48,8 +112,12 @@ def rewrite_import(node: cst.Import, facts: Facts, notes: Notes, kept: Mapping[s
         if alias.asname is None and kept.get(path.split(".")[0]) == "alone":
             names.append(alias)
         elif alias.asname is None and path.split(".")[0] in kept and new is not alias:
-            comma = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
-            names += [new.with_changes(comma=comma), alias]
+            names += [new.with_changes(comma=apart), alias]
+        elif alias.asname is None and bound.get(path.split(".")[0]) == "as":
+            space = cst.SimpleWhitespace(" ")
+            name = cst.AsName(cst.Name(path.split(".")[0]), space, space)
+            names += [new.with_changes(comma=apart)] if where.path != "leyden" else []
+            names.append(alias.with_changes(name=cst.Name("leyden"), asname=name))
         else:
             names.append(new)
     if all(a is b for a, b in zip(names, node.names, strict=False)) and len(names) == len(node.names):

@@ -13,7 +13,7 @@ from libcst.metadata import MetadataWrapper
 from leyden.compat.migrate import hooks, objects
 from leyden.compat.migrate.calls import Arguments
 from leyden.compat.migrate.facts import TRAINERS, Facts, code, dotted, is_method_of_super
-from leyden.compat.migrate.imports import add_imports, expression, rewrite_from, rewrite_import
+from leyden.compat.migrate.imports import Bound, add_imports, expression, rewrite_from, rewrite_import
 from leyden.compat.migrate.names import DATA_LOADER, RENAMED, place
 from leyden.compat.migrate.notes import Note, Notes
 from leyden.compat.migrate.trainer_arguments import rewrite_arguments, rules
@@ -21,6 +21,7 @@ from leyden.compat.migrate.uses import Plan, Reader, Reading, decide
 from leyden.errors import ConfigurationError
 
 _OURS = re.compile(r"\b(?:pytorch_lightning|lightning|leyden|pl_bolts)\b")
+_BLANKS = re.compile(r"(?<=\n)[ \t\f]+\Z")
 _NAMED = re.compile(r"^[rRbBuU]*[\"']+(?:pytorch_lightning|lightning\.pytorch)(?:\.\w+)*[\"']+$")
 
 
@@ -56,9 +57,7 @@ def _read(module: cst.Module, facts: Facts) -> Reading:
     return reader.reading
 
 
-def rewrite(
-    text: str, known: Mapping[str, str] | None = None, plans: Mapping[str, Plan] | None = None
-) -> Rewritten:
+def rewrite(text: str, known: Mapping[str, str] | None = None, plans: Mapping[str, Plan] | None = None) -> Rewritten:
     """Rewrite what is written otherwise today, and note what needs a hand.
 
     Args:
@@ -72,6 +71,10 @@ def rewrite(
     """
     if not concerns(text, known or {}):
         return Rewritten(text)
+    blanks = _BLANKS.search(text)
+    if blanks is not None:  # libcst loses lines before a last one of blanks alone
+        done = rewrite(text[: blanks.start()], known, plans)
+        return replace(done, text=done.text + blanks[0])
     wrapper = MetadataWrapper(cst.parse_module(text), unsafe_skip_copy=True)
     facts = Facts(wrapper, known or {})
     if not facts.relevant:
@@ -109,6 +112,7 @@ class _Planned(cst.CSTVisitor):
         self.calls: list[cst.Call] = []
         self.kept: dict[str, str] = {}
         self._moved: set[str] = set()
+        self.bound = Bound(facts)
         self.needs_loader = False
         self.prefix: str | None = None
         """What leyden is called in this file, if it is imported at the top."""
@@ -117,6 +121,7 @@ class _Planned(cst.CSTVisitor):
         self.calls.append(node)
 
     def visit_Import(self, node: cst.Import) -> None:  # noqa: N802
+        self.bound.see_import(node)
         line = self.facts.parents[node]
         if not isinstance(self.facts.parents.get(line), cst.Module):
             return
@@ -130,7 +135,14 @@ class _Planned(cst.CSTVisitor):
             elif found[0].path == "leyden":
                 self.prefix = dotted(alias.asname.name) or self.prefix
 
+    def leave_Module(self, original_node: cst.Module) -> None:  # noqa: N802
+        self.bound.settle(self.kept)
+
+    def visit_Annotation(self, node: cst.Annotation) -> None:  # noqa: N802
+        self.bound.see_annotation(node)
+
     def visit_Name(self, node: cst.Name) -> None:  # noqa: N802
+        self.bound.see_name(node)
         if self.facts.meaning(node) == f"leyden.{DATA_LOADER}":
             self.needs_loader |= not isinstance(self.facts.parents.get(node), (cst.Decorator, cst.ImportAlias))
 
@@ -164,6 +176,7 @@ class _Rewriter(cst.CSTTransformer):
         self.facts, self.notes, self._plans = facts, notes, plans
         self.wanted: set[str] = set()
         self._kept, self._prefix, self._needs_loader = planned.kept, planned.prefix, planned.needs_loader
+        self._bound = planned.bound
         self._quotes: list[str] = []
         self._rules = rules(self._callback)
         self._resumed, self._emptied = objects.plan_resumes(facts, planned.calls)
@@ -180,7 +193,7 @@ class _Rewriter(cst.CSTTransformer):
     # Imports and names
 
     def leave_Import(self, original: cst.Import, updated: cst.Import) -> cst.Import:  # noqa: N802
-        return rewrite_import(original, self.facts, self.notes, self._kept)
+        return rewrite_import(original, self.facts, self.notes, self._kept, self._bound.names)
 
     def leave_SimpleStatementLine(  # noqa: N802
         self, original: cst.SimpleStatementLine, updated: cst.SimpleStatementLine
@@ -221,6 +234,8 @@ class _Rewriter(cst.CSTTransformer):
 
     def leave_Name(self, original: cst.Name, updated: cst.Name) -> cst.Name:  # noqa: N802
         today, parent = RENAMED.get(original.value), self.facts.parents.get(original)
+        if self._bound.is_renamed(original) and self._kept.get(original.value) != "alone":
+            return updated.with_changes(value="leyden")
         if today is None or (isinstance(parent, cst.Attribute) and parent.attr is original):
             return updated
         path = None if isinstance(parent, cst.Arg) and parent.keyword is original else self.facts.path(original)
@@ -250,18 +265,19 @@ class _Rewriter(cst.CSTTransformer):
         began = place(start) if start is not None else None
         if path is None or start is None or found is None or began is None or began[0].name is not None:
             return updated
-        if began[0].missing is not None and base.value != start.split(".")[0]:
+        is_plain = self._bound.names.get(base.value) == "leyden"
+        if began[0].missing is not None and not is_plain:
             return updated  # a module that stays as it is, which has been noted
         where, covered = found
         if where.missing is not None:
             why = "leyden does not have it."
             self.notes.add(self.facts.line(node), dotted(node) or path, why, where.missing)
             return updated
-        if where.name == DATA_LOADER:
+        if self._bound.names.get(base.value) == "stays" or (where.name == DATA_LOADER and not is_plain):
             return updated
         after = path.split(".")[covered:]
         new = ".".join([where.path, *after])
-        if base.value == start.split(".")[0]:  # imported without another name
+        if is_plain:  # imported without another name
             text = new
         elif new == began[0].path or new.startswith(f"{began[0].path}."):
             text = base.value + new[len(began[0].path) :]

@@ -107,6 +107,7 @@ class Reader(cst.CSTVisitor):
         if name not in HOOKS:
             return
         if not self._within or not (of == "self" or is_method_of_super(node)):
+            of = self.facts.path(node.value) or of
             self.reading.elsewhere.append((of and of.rpartition(".")[2], name, code(node)))
             return
         defined, functions = self._within[-1]
@@ -198,7 +199,7 @@ def _plan(
             *_in_others(hook, others, kinds),
             *_in_ours(hook, ours, any(change.parameters is not None for change in found)),
             *([elsewhere[hook]] if hook in elsewhere else []),
-            *(other for name, other in claimed if name == today and other != hook),
+            *(other for name, other in claimed if name == today != hook and other != hook),
         ]
         if today != hook and any(today in each.methods for each in [*(a for a, _ in ours), *(b for _, b in others)]):
             reasons.append(f"there is {today} as well")
