@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; by default with the command line's arguments. Returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser("leyden", description="Deep-learning training for PyTorch, from the command line.")
+    parser.add_argument("--version", action="version", version=f"leyden {import_module('leyden').__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, what) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")

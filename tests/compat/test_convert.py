@@ -251,3 +251,132 @@ def test_folders_of_weights_become_one_file(tmp_path: Path) -> None:
     done = convert(tmp_path / "hub", tmp_path / "w.ckpt")
     assert (done.source, done.left_out) == ("weights", ())
     assert difference(net(L.LightningModule).load_from_checkpoint(str(tmp_path / "w.ckpt")), model) == 0.0
+
+
+# What is refused, and what is told
+
+
+def test_the_source_stays(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    (tmp_path / "hub").mkdir()
+    file = tmp_path / "hub" / "model.safetensors"
+    save_file(net(L.LightningModule)().state_dict(), file)
+    (tmp_path / "link").symlink_to(tmp_path / "hub")
+    before = file.read_bytes()
+    for source, target in (
+        (tmp_path / "hub", file),
+        (tmp_path / "hub", tmp_path / "hub" / "new.ckpt"),
+        (tmp_path / "hub", tmp_path / "link" / "model.safetensors"),
+        (tmp_path / "link", file),
+        (file, tmp_path / "hub"),
+    ):
+        with pytest.raises(CheckpointError, match="lie one within the other"):
+            convert(source, target, force=True)
+    assert file.read_bytes() == before
+    assert [each.name for each in (tmp_path / "hub").iterdir()] == ["model.safetensors"]
+    convert(file, tmp_path / "hub" / "new.ckpt")  # beside a file is not within it
+
+
+def nested(levels: int) -> list[Any]:
+    made: list[Any] = [1]
+    for _ in range(levels):
+        made = [made, made]
+    return made
+
+
+def test_a_small_file_does_not_become_a_large_one(tmp_path: Path) -> None:
+    source, target = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
+    one, base = torch.ones(1), torch.ones(2**20)
+    indices = torch.zeros(1, 1).long().expand(1, 2**26)
+    sparse = torch.sparse_coo_tensor(indices, one.expand(2**26), (1,), check_invariants=False)
+    for weights, pattern in (
+        ({"w": one.expand(200_000_000)}, "its tensors share memory.* 800 MB or more instead of 0.0 MB"),
+        ({"w": sparse}, "its tensors share memory"),
+        ({f"w{i}": base[: 2**20 - i] for i in range(200)}, "its tensors share memory"),
+    ):
+        torch.save({"state_dict": weights, "global_step": 1}, source)
+        assert source.stat().st_size < 5_000_000
+        with pytest.raises(CheckpointError, match=rf"a\.ckpt: {pattern}"):
+            convert(source, target)
+    for levels in (18, 40, 60):
+        torch.save({"state_dict": {}, "global_step": 1, "hyper_parameters": {"a": nested(levels)}}, source)
+        with pytest.raises(CheckpointError, match=r"a\.ckpt: its plain data share memory"):
+            convert(source, target)
+    torch.save({"state_dict": {}, "global_step": 1, "mine": ["x" * 100_000] * 1000}, source)
+    with pytest.raises(CheckpointError, match="its plain data share memory"):
+        convert(source, target)
+    assert not target.exists()
+
+
+def test_what_is_large_or_shared_in_measure_is_converted(tmp_path: Path) -> None:
+    source, target = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
+    tied = torch.randn(1000, 1000)
+    weights = {"a": tied, "b": tied, "half": tied[:500], "mask": torch.ones(1).expand(1000)}
+    mine = {"many": [0] * 600_000, "nested": nested(8), "names": ["a"] * 100_000}
+    torch.save({"state_dict": weights, "global_step": 1, "mine": mine}, source)
+    convert(source, target)
+    found = L.load_checkpoint(target)
+    assert all(torch.equal(found["state_dict"][name], weights[name]) for name in weights)
+    assert found["mine"] == mine
+
+
+class Weight(net(L.LightningModule)):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("w", torch.ones(2))
+        self.strict_loading = False
+
+
+@pytest.mark.parametrize("more", [{"left_out": "val", "global_step": 1}, {"left_out": 5, "added_keys": 5}])
+def test_a_users_word_is_not_what_was_left_out(more: dict[str, Any], tmp_path: Path) -> None:
+    torch.save({"state_dict": {"w": torch.ones(2)}, **more}, tmp_path / "a.ckpt")
+    done = convert(tmp_path / "a.ckpt", tmp_path / "b.ckpt")
+    assert done.left_out == ()
+    assert ("'left_out'" in done.kept) is ("global_step" in more)
+    with pytest.raises(CheckpointError, match="holds weights only"):
+        leyden_fit(tmp_path, Weight(), ckpt_path=tmp_path / "a.ckpt")
+    assert L.load_checkpoint(tmp_path / "b.ckpt")["left_out"] == more["left_out"]
+
+
+def test_what_lightning_has_no_place_for_is_told(lightning: Any, tmp_path: Path) -> None:
+    from argparse import Namespace
+
+    class Stops(L.callbacks.EarlyStopping):
+        seen = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return super().state_dict() | {"seen": 7}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict)
+            self.seen = state_dict["seen"]
+
+    ours = net(L.LightningModule, True)
+    keeps_all = L.callbacks.ModelCheckpoint(tmp_path / "saved", filename="{step}", save_top_k=-1)
+    model = ours(more=Namespace(a=1))
+    trainer = leyden_fit(tmp_path, model, keeps_all, Stops("val_loss"), max_epochs=3, validate=True)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    done = convert(tmp_path / "a.ckpt", tmp_path / "b.ckpt")
+    assert any("Which 2 checkpoints ModelCheckpoint keeps beside the newest" in sentence for sentence in done.left_out)
+    assert len(done.remarks) == 1
+    assert "argparse.Namespace" in done.remarks[0]
+    states = torch.load(tmp_path / "b.ckpt", weights_only=False)["callbacks"]
+    [stops] = [state for state in states.values() if "wait_count" in state]
+    assert stops.keys() == {"wait_count", "stopped_epoch", "best_score", "patience", "seen"}
+    convert(tmp_path / "b.ckpt", tmp_path / "c.ckpt")
+    again = Stops("val_loss")
+    leyden_fit(tmp_path, ours(), keeps_all, again, ckpt_path=tmp_path / "c.ckpt", max_epochs=4, validate=True)
+    assert again.seen == 7
+    with without_remarks():
+        with pytest.raises(Exception, match=r"argparse\.Namespace"):
+            lightning_fit(tmp_path, net(lightning.LightningModule)(), ckpt_path=tmp_path / "b.ckpt", max_epochs=4)
+        made = net(lightning.LightningModule).load_from_checkpoint(tmp_path / "b.ckpt", weights_only=False)
+    assert made.hparams.more.a == 1
+
+
+def test_the_command_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"leyden {L.__version__}\n"

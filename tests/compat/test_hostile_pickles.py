@@ -25,6 +25,7 @@ import torch
 from leyden.checkpoint import load_checkpoint
 from leyden.checkpoint.format import read_about
 from leyden.compat.foreign import read
+from leyden.compat.pickles import Pickled
 from leyden.errors import CheckpointError
 
 
@@ -212,6 +213,36 @@ def fetched_again() -> bytes:
     return b"Nq\x000" + level * 5000 + b"h\x00"
 
 
+def shared(levels: int) -> bytes:
+    """A tuple of two that are one tuple of two, and so on: 2 ** levels parts in 5 bytes for each level."""
+    return b")" + b"".join(b"q%ch%c\x86" % (level, level) for level in range(levels))
+
+
+def shared_sets(levels: int) -> bytes:
+    """The same of frozensets, each made by a call with a list of one tuple."""
+    level = b"q\x00cbuiltins\nfrozenset\n]h\x00h\x00\x86a\x85R"
+    return b")" + level * levels
+
+
+def large(count: int) -> bytes:
+    """``range(count)``."""
+    return b"c__builtin__\nxrange\n\x8a\x06" + count.to_bytes(6, "little") + b"\x85R"
+
+
+def text(written: str) -> bytes:
+    return b"X" + len(written).to_bytes(4, "little") + written.encode()
+
+
+def tensor_of_size(size: bytes) -> bytes:
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x02tQ"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00" + size + b")\x89}tR"
+
+
+def names(package: str, count: int) -> bytes:
+    return b"".join(b"c%s\n%x\n0" % (package.encode(), number) for number in range(count)) + b"N"
+
+
+HUGE = large(3 * 10**9)
 FORGED: dict[str, tuple[bytes, str]] = {
     # a state for a class or a function that stays: torch's own must not change
     "state of a function": (raw_pickle(b"ctorch._utils\n_rebuild_tensor_v2\n", b"}", b"b"), "sets the state"),
@@ -228,7 +259,7 @@ FORGED: dict[str, tuple[bytes, str]] = {
     "ten thousand levels": (raw_pickle(b"]" * 100_000, b"a" * 99_999), "nested too deeply"),
     "a key of three million levels": (raw_pickle(b"}N", b"\x85" * 3_000_000, b"Ns"), "nested too deeply"),
     "sets in lists that are fetched again": (raw_pickle(fetched_again(), b"."), "nested too deeply"),
-    "levels by turns": (raw_pickle(b"}Nq\x01", b"h\x01\x86q\x01h\x01h\x01" * 200_000, b"Ns"), "nested too deeply"),
+    "levels by turns": (raw_pickle(b"}Nq\x01", b"h\x01\x86q\x01h\x01h\x01" * 200_000, b"Ns"), "shared over and over"),
     "a tensor of another's data": (
         raw_pickle(
             b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n",
@@ -243,6 +274,33 @@ FORGED: dict[str, tuple[bytes, str]] = {
         ),
         "malformed: a tensor of size",
     ),
+    "a shared key": (raw_pickle(b"}", shared(60), b"Ns"), "shared over and over"),
+    "a shared reference": (raw_pickle(shared(60), b"Q"), "shared over and over"),
+    "a shared reference of fewer levels": (raw_pickle(shared(18), b"Q"), "malformed: a reference to a tuple of 2"),
+    "a shared key, hashed often": (
+        raw_pickle(shared(18), b"q\x140}", b"h\x14Ns" * 100),
+        "shared over and over",
+    ),
+    "shared sets": (raw_pickle(shared_sets(60)), "shared over and over"),
+    "a path of tuples": (raw_pickle(b"cpathlib\nPosixPath\n", shared(18), b"\x85R"), "malformed: a path of"),
+    "a device of tuples": (raw_pickle(b"ctorch\ndevice\n", shared(18), b"\x85R"), "malformed: the device"),
+    "a layout of tuples": (
+        raw_pickle(b"ctorch.serialization\n_get_layout\n", shared(18), b"\x85R"),
+        "malformed: the layout a tuple of 2",
+    ),
+    "a size that is a range": (raw_pickle(tensor_of_size(HUGE)), "malformed: a tensor of size a range"),
+    "a torch.Size of a range": (raw_pickle(b"ctorch\nSize\n", HUGE, b"\x85R"), "a range instead of whole numbers"),
+    "arguments that are a range": (
+        raw_pickle(b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._utils\n_rebuild_parameter\nN", HUGE, b"NtR"),
+        "made by something else",
+    ),
+    "a sparse tensor of a range": (
+        raw_pickle(b"ctorch._utils\n_rebuild_sparse_tensor\nN", HUGE, b"\x86R"),
+        "a sparse tensor of a range",
+    ),
+    "a counter of a range": (raw_pickle(b"ccollections\nCounter\n", HUGE, b"\x85R"), "made of a range"),
+    "many names": (raw_pickle(names("a", 60_000)), r"it names a\.0, a\.1"),
+    "many names that are no harm": (raw_pickle(names("typing", 60_000)), "more than 10,000 classes"),
     "cut short": (packed({"a": torch.ones(9)})[:-80], "cut short or damaged"),
     "cut in the middle": (packed({"a": torch.ones(900)})[:1500], "cut short or damaged"),
     "no operation": (with_pickle(b"\x80\x02\xff"), "cut short or damaged"),
@@ -267,6 +325,29 @@ def test_long_lists_are_not_deep(place: pathlib.Path) -> None:
     path = place / "a.ckpt"
     path.write_bytes(raw_pickle(b"]", b"K\x01a" * 5000, b"(K\x02e" * 5000))
     assert read(path) == [1] * 5000 + [2] * 5000
+
+
+def test_what_is_shared_a_little_or_large_without_sharing_is_read(place: pathlib.Path) -> None:
+    path = place / "a.ckpt"
+    path.write_bytes(packed({"state": tuple(range(1_010_000)), "set": {(i, i) for i in range(9_000)}}))
+    assert sum(map(len, read(path).values())) == 1_019_000
+    graph: list[Any] = []
+    for _ in range(60):  # a graph whose nodes know each other, as those of OmegaConf do
+        graph = [graph, graph, {"same": graph}]
+    path.write_bytes(packed(graph))
+    assert read(path)[0] is not None
+
+
+def test_memory_that_is_not_there_is_an_error_of_the_file(place: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = place / "a.ckpt"
+    path.write_bytes(packed({"a": torch.ones(2)}))
+
+    def none_left(*args: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Pickled, "tensor", none_left)
+    with pytest.raises(CheckpointError, match=r"a\.ckpt: damaged, made to do harm, or larger than the memory"):
+        read(path)
 
 
 def test_compressed_parts_are_refused_before_they_are_expanded(place: pathlib.Path) -> None:

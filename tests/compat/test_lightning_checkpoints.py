@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import types
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import leyden as L
 from leyden.checkpoint.format import read_about
+from leyden.compat.convert import convert
+from leyden.compat.hparams_file import read_hparams_file
 from leyden.errors import CheckpointError, LeydenWarning
 from lightning_files import BATCHES, data, leyden_fit, lightning_fit, net, saver, without_remarks
 from quiet import make_trainer
@@ -534,17 +538,185 @@ def test_configurations_of_omegaconf_without_omegaconf(tmp_path: Path, monkeypat
             "loops": {"fit_loop": {"epoch_progress": 1, "epoch_loop.batch_progress": 2}},
             "pytorch-lightning_version": "2.0.0",
         },
-        {"optimizer_states": [], "callbacks": {"A": {"wait_count": "x", "best_score": 1}}},
+        {"optimizer_states": [], "callbacks": {"A": {"wait_count": "x", "best_score": 1, "stopped_epoch": 0}}},
         {"hyper_parameters": 7},
         {"hparams": [1]},
+        {"hyper_parameters": {1: 2}},
+        {"global_step": math.inf},
+        {"global_step": -5},
+        {"epoch": 10**30},
+        {"epoch": True},
+        {"loops": {"fit_loop": {"epoch_progress": {"current": counts(1, 1, 1, -3)},
+                                "epoch_loop.batch_progress": {"current": DONE, "total": DONE}}},
+         "pytorch-lightning_version": "2.0.0"},
+        {"state_dict": {1: torch.ones(1)}},
+        {"optimizer_states": range(10**9)},
+        {"optimizer_states": [], "lr_schedulers": range(10**9)},
+        {"optimizer_states": [], "callbacks": [1]},
+        {"optimizer_states": [], "callbacks": {"M": {"best_model_path": ["a"], "dirpath": ""}}},
+        {"optimizer_states": [], "callbacks": {"M": {"best_model_path": "a", "dirpath": "", "best_model_score": "x"}}},
     ],
-)
+)  # fmt: skip
 def test_a_checkpoint_of_another_structure_is_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "global_step": 1, **wrong}, tmp_path / "a.ckpt")
     with pytest.raises(
-        CheckpointError, match=r"a\.ckpt: it has keys of a checkpoint of Lightning, but not its structure"
+        CheckpointError, match=r"a\.ckpt: it has keys of a checkpoint of Lightning, but not its structure: (\w|\.)+"
     ):
         L.load_checkpoint(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("steps", [math.inf, "many", -5, 10**30])
+def test_a_counter_that_is_none_is_named_with_its_value(steps: Any, tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "global_step": steps}, tmp_path / "a.ckpt")
+    for reads in (L.load_checkpoint, read_about):
+        with pytest.raises(CheckpointError, match=rf"global_step is {re.escape(repr(steps))}, not a whole number"):
+            reads(tmp_path / "a.ckpt")
+
+
+def test_counters_of_other_types_are_read(tmp_path: Path) -> None:
+    for steps in (torch.tensor(7), np.int64(7), 7.0):
+        torch.save({"state_dict": {}, "global_step": steps}, tmp_path / "a.ckpt")
+        assert L.load_checkpoint(tmp_path / "a.ckpt")["global_step"] == read_about(tmp_path / "a.ckpt").global_step == 7
+
+
+def test_only_files_with_lightnings_keys_are_said_to_have_them(tmp_path: Path) -> None:
+    torch.save({"state_dict": {1: torch.ones(1)}}, tmp_path / "a.ckpt")
+    with pytest.raises(
+        CheckpointError, match=r"a\.ckpt: its state_dict has the key 1, and names of weights are strings"
+    ):
+        L.load_checkpoint(tmp_path / "a.ckpt")
+
+
+# What a user added under a name that leyden has for its own
+
+
+ADDED: dict[str, Any] = {
+    "metrics": {"acc": 0.9}, "run_id": "mine-1", "random_state": {"python": (3, (1, 2), None)}, "should_stop": True,
+    "loggers": 5, "other_ranks": [1], "compiled": True, "loader_states": {"train": 1}, "optimizer_windows": [1],
+    "rng": torch.arange(4),
+}  # fmt: skip
+LOST: dict[str, Any] = {
+    "scaler": {"mean": [1.0]}, "progress": 0.5, "left_out": "val", "added_keys": 7, "hparams_omitted": {"x": 1},
+    "current_model_state": {"layers.0.weight": torch.ones(1)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_what_users_added_reaches_hooks_and_steers_nothing(converted: bool, tmp_path: Path) -> None:
+    file = tmp_path / "a.ckpt"
+    torch.save(old_file(**ADDED), file)
+    if converted:
+        convert(file, tmp_path / "b.ckpt")
+        file = tmp_path / "b.ckpt"
+    seen: dict[str, Any] = {}
+
+    class Looks(net(L.LightningModule)):  # type: ignore[misc]
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            seen.update(checkpoint)
+
+    model = Looks()
+    trainer = leyden_fit(tmp_path, model, ckpt_path=file, max_epochs=3, fused_optimizer=False)
+    assert trainer.global_step == 3 * BATCHES
+    assert difference(model, by_hand(3)) == 0.0
+    assert seen["metrics"] == {"acc": 0.9}
+    assert all(seen[key] == ADDED[key] for key in ADDED if key != "rng")
+    assert seen["rng"].tolist() == [0, 1, 2, 3]
+    Looks.load_from_checkpoint(str(file))
+    make_trainer(tmp_path).test(Looks(), data(), ckpt_path=file)
+
+
+@pytest.mark.parametrize("key", LOST)
+def test_what_users_added_under_a_name_that_is_taken_is_told(key: str, tmp_path: Path) -> None:
+    lost = {key: LOST[key], **({"scaler": 1} if key == "left_out" else {})}
+    torch.save(old_file(**lost), tmp_path / "a.ckpt")
+    model = net(L.LightningModule)()
+    averages = L.callbacks.WeightAveraging()
+    with pytest.warns(LeydenWarning) as warned:
+        leyden_fit(tmp_path, model, averages, ckpt_path=tmp_path / "a.ckpt", max_epochs=2, fused_optimizer=False)
+    text = "\n".join(str(each.message) for each in warned)
+    assert all(f"{name!r}, which is no key of Lightning" in text for name in lost)
+    assert "of another library" in text
+
+
+def test_a_users_word_for_the_averages_is_no_weights(tmp_path: Path) -> None:
+    torch.save(old_file(left_out="val"), tmp_path / "a.ckpt")
+    leyden_fit(tmp_path, net(L.LightningModule)(), ckpt_path=tmp_path / "a.ckpt", max_epochs=2)  # and no warning
+    theirs = {"current_model_state": {"w": torch.ones(1)}, "averaging_state": {"n": 1}}
+    torch.save(old_file(**theirs), tmp_path / "a.ckpt")
+    assert L.load_checkpoint(tmp_path / "a.ckpt")["current_model_state"]["w"] == 1
+
+
+def test_states_of_callbacks_are_known_by_what_their_classes_save(tmp_path: Path) -> None:
+    users = {
+        "MyStopper": {"wait_count": 2, "best_score": torch.tensor(1.0), "patience": 3, "history": [1, 2, 3]},
+        "MyKeeper": {"best_model_path": "a", "mine": 5},
+        "Other": {"latest_update_step": 4},
+    }
+    torch.save(old_file(callbacks=users), tmp_path / "a.ckpt")
+    found = L.load_checkpoint(tmp_path / "a.ckpt")
+    assert found["callbacks"] == users
+    assert "left_out" not in found
+    more = {
+        "Stops": {"wait_count": 2, "best_score": torch.tensor(1.0), "stopped_epoch": 0, "patience": 3, "seen": 7},
+        "Keeps": {**SAVED, "best_k_models": {}, "kth_value": None, "mine": 5},
+    }
+    torch.save(old_file(callbacks=more), tmp_path / "a.ckpt")
+    found = L.load_checkpoint(tmp_path / "a.ckpt")["callbacks"]
+    assert found["Stops"]["seen"] == 7
+    assert found["Stops"]["limits"] == {"patience": 3}
+    assert "patience" not in found["Stops"]
+    assert found["Keeps"]["mine"] == 5
+    assert "kth_value" not in found["Keeps"]
+    assert found["Keeps"]["history"] == [[6.0, "/old/a.ckpt"]]
+
+
+def test_a_window_that_lightning_had_begun_is_told(lightning: Any, tmp_path: Path) -> None:
+    theirs, ours = bases(lightning)
+
+    class Saves(lightning.Callback):  # type: ignore[misc, name-defined]
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{args[3]}.ckpt")
+
+    lightning_fit(tmp_path, theirs(), Saves(), accumulate_grad_batches=3)
+    for batch_idx, begun in ((1, 2), (2, 0), (3, 1)):
+        with pytest.warns(LeydenWarning) as warned:
+            leyden_fit(tmp_path, ours(), ckpt_path=tmp_path / f"{batch_idx}.ckpt", accumulate_grad_batches=3)
+        told = [str(each.message) for each in warned if "that were accumulated" in str(each.message)]
+        assert len(told) == bool(begun)
+        assert all(f"gradients of {begun} of 3 batches" in message for message in told)
+
+
+# Hyperparameters in files
+
+
+WRONG: dict[str, tuple[str, str, str]] = {
+    "a large cell": ("a.csv", "k,v\na," + "x" * 200_000 + "\n", "field larger than field limit"),
+    "brackets": ("a.yaml", "a: " + "[" * 5000, "cannot be read: RecursionError"),
+    "a number as name": ("a.yaml", "1: 2\n", "the name 1 is not a string"),
+    "no date": ("a.yaml", "a: 2020-99-99\n", "cannot be read: ValueError"),
+    "a list as name": ("a.yaml", "? [1]\n: 2\n", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_files_of_hyperparameters_are_refused(name: str, tmp_path: Path) -> None:
+    file, text, pattern = WRONG[name]
+    if file.endswith("yaml"):
+        pytest.importorskip("yaml", reason="YAML files are read with PyYAML")
+    torch.save({"state_dict": {}, "global_step": 1}, tmp_path / "a.ckpt")
+    (tmp_path / file).write_text(text)
+    for module in (AsOne, net(L.LightningModule)):
+        with pytest.raises(CheckpointError, match=rf"{re.escape(file)}.*{pattern}"):
+            module.load_from_checkpoint(str(tmp_path / "a.ckpt"), hparams_file=str(tmp_path / file))
+
+
+@pytest.mark.parametrize("signs", [5000, 50_000])
+def test_a_cell_that_is_nested_without_end_is_text_or_refused(signs: int, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("k,v\na," + "-" * signs + "1\nb,2\n")
+    try:
+        assert read_hparams_file(tmp_path / "a.csv", net(L.LightningModule)) == {"a": "-" * signs + "1", "b": 2}
+    except CheckpointError as error:
+        assert "a.csv cannot be read" in str(error)  # noqa: PT017 the interpreter's parser decides
 
 
 # Weights of others

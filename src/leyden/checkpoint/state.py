@@ -166,6 +166,14 @@ def apply_optimizers(run: Run, checkpoint: dict[str, Any], path: str) -> None:
         run.scaler.scaler.load_state_dict(checkpoint["scaler"])
 
 
+def own_part(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint without what a user had added to it in another library under names that mean something here."""
+    added = checkpoint.get("added_keys")
+    return (
+        {key: each for key, each in checkpoint.items() if key not in added} if isinstance(added, list) else checkpoint
+    )
+
+
 def apply_training(
     callbacks: Sequence[Callback],
     datamodule: LightningDataModule | None,
@@ -178,6 +186,7 @@ def apply_training(
     Raises:
         CheckpointError: if the checkpoint has weights only, or other optimizers.
     """
+    checkpoint = own_part(checkpoint)
     if "optimizer_states" not in checkpoint or "progress" not in checkpoint:
         raise CheckpointError(
             f"{path} holds weights only, so training cannot go on from it. To start anew from its weights: "
@@ -209,7 +218,7 @@ def apply_training(
     if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
     if run.strategy.is_global_zero:
-        for left_out in checkpoint.get("left_out", ()):
+        for left_out in (*checkpoint.get("left_out", ()), *_lost_window(run, checkpoint)):
             warn("left-out", f"{path} is of another library, and this is not taken over: {left_out}")
         _tell(run, path)
     drawn = own["random_state"] or {}  # files of Lightning have none: the run goes on with this process's numbers
@@ -220,6 +229,17 @@ def apply_training(
         lambda: own_generators(run.module, datamodule, callbacks),
         None if as_before and drawn else partial(spread_random_state, run.strategy, run.device),
     )
+
+
+def _lost_window(run: Run, checkpoint: dict[str, Any]) -> list[str]:
+    """What there is to say of a window of batches that another library had begun: its file has no gradients."""
+    begun = run.progress.batch % run.accumulate if "left_out" in checkpoint and run.optimizer is not None else 0
+    if not begun:
+        return []
+    return [
+        f"The gradients of {begun} of {run.accumulate} batches that were accumulated (accumulate_grad_batches={run.accumulate}): "
+        f"batch {run.progress.batch} begins a new step."
+    ]
 
 
 def _tell(run: Run, path: str) -> None:

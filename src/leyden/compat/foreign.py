@@ -20,8 +20,16 @@ from leyden.checkpoint.container import HUB_FILES, Reader, is_hub_folder, shown,
 from leyden.checkpoint.format import RUN_STATE_KEYS, About
 from leyden.checkpoint.remote import is_remote, local_path, modified, open_stream
 from leyden.compat.inert import Deferred
-from leyden.compat.lightning_checkpoint import from_lightning, is_lightning, progress_of, training_keys
+from leyden.compat.lightning_checkpoint import (
+    VERSION_KEYS,
+    from_lightning,
+    is_lightning,
+    malformed,
+    progress_of,
+    training_keys,
+)
 from leyden.compat.pickles import Pickled
+from leyden.compat.scan import said
 from leyden.errors import CheckpointError
 
 _FILE_NAME = re.compile(r"[\w.+-]+\.safetensors")
@@ -50,10 +58,13 @@ def load_foreign(
             tree = file.tree
             if is_lightning(tree):
                 unread = training_keys(tree) if weights_only else frozenset()
-                wanted = {key: each for key, each in tree.items() if key not in unread}
-                made = from_lightning(file.load(wanted, device))
+                given = file.load({key: each for key, each in tree.items() if key not in unread}, device)
+                with _structure():
+                    made = from_lightning(given)
                 return {key: each for key, each in made.items() if not (weights_only and key in RUN_STATE_KEYS)}
             if isinstance(tree, dict) and isinstance(tree.get("state_dict"), dict):
+                if odd := [said(key) for key in tree["state_dict"] if not isinstance(key, str)]:
+                    raise CheckpointError(f"its state_dict has the key {odd[0]}, and names of weights are strings")
                 loaded: dict[str, Any] = file.load({"state_dict": tree["state_dict"]} if weights_only else tree, device)
                 return loaded
             if _is_state_dict(tree):
@@ -72,10 +83,14 @@ def about_foreign(path: str | os.PathLike[str]) -> About:
         if not is_remote(path) and is_hub_folder(local_path(path)):
             return About(saved_at=saved_at)
         with _buffered(path) as stream:
-            tree = Pickled(stream).tree
-        if not is_lightning(tree):
-            return About(saved_at=saved_at)
-        progress = progress_of(tree)
+            file = Pickled(stream)
+            tree = file.tree
+            if not is_lightning(tree):
+                return About(saved_at=saved_at)
+            counters = {key: tree[key] for key in (*VERSION_KEYS, "epoch", "global_step", "loops") if key in tree}
+            counters = {**file.load(counters), "optimizer_states": tree.get("optimizer_states")}
+        with _structure():
+            progress = progress_of(counters)
         return About(progress.epoch, progress.global_step, None, saved_at, "optimizer_states" in tree)
 
 
@@ -115,7 +130,7 @@ def _is_state_dict(tree: Any) -> bool:
 def _neither(tree: Any) -> str:
     if not isinstance(tree, dict):
         return f"neither a checkpoint nor a state dict, but a {type(tree).__name__}"
-    keys = ", ".join(map(repr, list(tree)[:12]))
+    keys = ", ".join(map(said, list(tree)[:12]))
     return (
         f"neither a checkpoint of Lightning nor a state dict; its keys are {keys}. If one of them holds the weights, such as "
         "'model': module.load_state_dict(leyden.compat.foreign.read(path)['model'])"
@@ -156,6 +171,17 @@ def _tensors(path: Path, names: list[str] | None, device: torch.device) -> Itera
 
 
 @contextlib.contextmanager
+def _structure() -> Iterator[None]:
+    """Say of what is missing where Lightning has it that the file has Lightning's keys only."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise malformed(f"{type(error).__name__}: {error!s:.200}") from error
+
+
+@contextlib.contextmanager
 def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Put the file's name in front of what is wrong with it."""
     try:
@@ -164,10 +190,8 @@ def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise CheckpointError(f"{path}: no such file") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: it has keys of a checkpoint of Lightning, but not its structure: {type(error).__name__}: {error}"
-        ) from error
     except CheckpointError as error:
         named = str(error).startswith(f"{path}: ")
         raise CheckpointError(str(error) if named else f"{path}: {error}") from error.__cause__
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, MemoryError) as error:
+        raise CheckpointError(f"{path}: damaged, or made to do harm: {type(error).__name__}: {error!s:.200}") from error

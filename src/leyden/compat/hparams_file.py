@@ -14,6 +14,8 @@ from typing import Any
 from leyden.compat.once import tell
 from leyden.errors import CheckpointError, ConfigurationError, reject
 
+_LONGEST = 10_000  # characters of a cell that is read as a literal: the interpreter's parser may crash on more
+
 
 def with_former_hparams(
     cls: type, given: Mapping[str, Any], path: str | os.PathLike[str] | None = None
@@ -64,7 +66,14 @@ def read_hparams_file(path: str | os.PathLike[str], cls: type) -> dict[str, Any]
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"hparams_file={os.fspath(path)!r} cannot be read: {error}") from error
-    found = readers[file.suffix](text, file)
+    try:
+        found = readers[file.suffix](text, file)
+    except (ValueError, csv.Error, RecursionError, MemoryError, OverflowError) as error:
+        if isinstance(error, CheckpointError | ConfigurationError):
+            raise
+        raise CheckpointError(f"{file} cannot be read: {type(error).__name__}: {error!s:.200}") from error
+    if odd := [name for name in found if not isinstance(name, str)]:
+        raise CheckpointError(f"{file}: the name {odd[0]!r:.60} is not a string. Write it in quotes.")
     return {"hparams": Namespace(**found)} if "hparams" in inspect.signature(cls).parameters else found
 
 
@@ -77,9 +86,11 @@ def _read_csv(text: str, file: Path) -> dict[str, Any]:
 
 def _value(written: str) -> Any:
     """What a cell means: a Python literal, else the text itself."""
+    if len(written) > _LONGEST:
+        return written
     try:
         return ast.literal_eval(written)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError):
         return written
 
 

@@ -228,7 +228,9 @@ def known(module: str, name: str) -> Any:
 
 
 def _whole(numbers: Any) -> tuple[int, ...]:
-    if not isinstance(numbers, (list, tuple)) or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+    if not isinstance(numbers, (list, tuple)) or not all(
+        type(number) is int and 0 <= number < 2**63 for number in numbers
+    ):
         raise CheckpointError(f"malformed: {said(numbers)} instead of whole numbers")
     return tuple(numbers)
 
@@ -324,8 +326,8 @@ def _annealing(owner: Any, name: Any) -> str:
 
 
 def _texts(parts: tuple[Any, ...]) -> tuple[str, ...]:
-    if odd := next((part for part in parts if not isinstance(part, str)), None):
-        raise CheckpointError(f"malformed: a path with {said(odd)} in it")
+    if not all(isinstance(part, str) for part in parts):
+        raise CheckpointError(f"malformed: a path of {said(parts)}")
     return parts
 
 

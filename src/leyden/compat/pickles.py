@@ -138,7 +138,9 @@ class Pickled:
         """Return one tensor, with its bounds checked, before memory is taken, against what the file holds."""
         dtype = dtype or storage.dtype
         wrong = f"malformed: a tensor of size {said(size)} and stride {said(stride)}"
-        if not isinstance(size, (list, tuple)) or not isinstance(stride, (list, tuple)):  # a range would fill the memory
+        if not isinstance(size, (list, tuple)) or not isinstance(
+            stride, (list, tuple)
+        ):  # a range would fill the memory
             raise CheckpointError(wrong)
         size, stride = tuple(size), tuple(stride)
         numbers = (offset, *size, *stride)
@@ -353,8 +355,8 @@ class _Loading:
             return array
         if isinstance(given, Namespace):
             state = self.value(given.state)
-            if odd := next((name for name in state if not isinstance(name, str)), None):
-                raise CheckpointError(f"malformed: a Namespace with an attribute that is {said(odd)}")
+            if not all(isinstance(name, str) for name in state):
+                raise CheckpointError("malformed: a Namespace with attributes whose names are no strings")
             return argparse.Namespace(**state)
         if isinstance(given, StandIn) or (isinstance(given, type) and issubclass(given, StandIn)):
             return self._stand_in(given)

@@ -103,9 +103,9 @@ def scan(stream: BinaryIO) -> None:
             stack.append((stack[-1] if stack else None) or _Object())
         else:
             parts = _move(stack, name)
-            work += parts
-            # what is not shared takes an operation for each part, so a large file may have as many
-            if parts > _MAX_PARTS + count or work > _MAX_WORK + count:
+            work += 0 if name in _TUPLES else parts
+            # what is not shared takes an operation for each part, so a large file may have as many, on a few levels
+            if parts > _MAX_PARTS + count or work > _MAX_WORK + 8 * count:
                 raise CheckpointError("made to do harm: a few objects in it, shared over and over, expand to millions")
 
 
@@ -133,13 +133,13 @@ def _move(stack: list[_Object | None], name: str) -> int:
             container.depth = max(container.depth, deepest + 1)
             container.inside = min(container.inside + parts + inside, 2 * _MAX_WORK)
         return parts
-    if name in _CALLS:
+    if name == "LIST":
+        parts, inside = 0, min(inside + parts, 2 * _MAX_WORK)
+    elif name in _CALLS:
         parts, inside = parts + inside, 0
-    elif name not in _TUPLES:
-        inside, parts = (min(inside + parts, 2 * _MAX_WORK), 0) if name == "LIST" else (inside, parts)
     if pushes:
         stack.append(_Object(deepest + 1, parts + 1, inside))
-    return parts if name in _CALLS or name in _TUPLES or name == "LIST" else 0
+    return parts if name in _CALLS or name in _TUPLES else 0
 
 
 def _operations(stream: BinaryIO) -> Iterator[tuple[Any, Any, Any]]:

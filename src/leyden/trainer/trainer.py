@@ -425,7 +425,7 @@ class Trainer(TrainerRequests):
         writing = self._outlet.loggers
         if found is not None:
             state.apply_training(self._active_callbacks, self._datamodule, run, *found)
-            resume_loggers(writing, found[0].get("loggers", ()), run.progress.global_step)
+            resume_loggers(writing, state.own_part(found[0]).get("loggers", ()), run.progress.global_step)
         else:
             ranks.spread_random_state(self.strategy, self.device)
         run.run_id = self.strategy.share_run_id(run.run_id)
