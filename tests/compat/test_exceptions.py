@@ -198,7 +198,7 @@ BUILT_IN: dict[str, tuple[type[Exception], Callable[[Package, Path], Any]]] = {
     "log of a vector": (ValueError, log("a", torch.ones(3))),
     "a loss without gradient": (RuntimeError, fit(training_step=lambda self, batch, batch_idx: torch.tensor(1.0))),
     "seed_everything('a')": (ValueError, lambda of, folder: of.pl.seed_everything("a")),
-    "a hook with another signature": (TypeError, fit(on_train_epoch_end=lambda self, outputs: None)),
+    "a hook with another signature": (TypeError, fit(on_train_start=lambda self, more: None)),
 }
 
 
