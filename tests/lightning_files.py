@@ -131,3 +131,10 @@ def saver(folder: Path, **options: Any) -> Any:
         from lightning.pytorch.callbacks import ModelCheckpoint
 
         return ModelCheckpoint(folder, filename="{step}", **({"save_top_k": -1, "monitor": "step"} | options))
+
+
+def difference(first: Any, second: Any) -> float:
+    """The greatest difference between the weights of two modules."""
+    one, other = first.state_dict(), second.state_dict()
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)

@@ -67,7 +67,6 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 # Where the engine reaches `leyden.compat`, in functions, for what was written for others; docs/architecture.md says what for.
 SEAMS = {
     "trainer.former",
-    "trainer.requests",
     "assemble",
     "module",
     "hparams",

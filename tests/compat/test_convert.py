@@ -17,7 +17,7 @@ from leyden.__main__ import COMMANDS, main
 from leyden.checkpoint.format import read_metadata
 from leyden.compat.convert import convert
 from leyden.errors import CheckpointError
-from lightning_files import BATCHES, leyden_fit, lightning_fit, net, saver, without_remarks
+from lightning_files import BATCHES, difference, leyden_fit, lightning_fit, net, saver, without_remarks
 
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Adam": ({}, {}),
@@ -27,20 +27,6 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "clipped": ({"lr": 0.1}, {"gradient_clip_val": 0.05}),
     "validated": ({"optimizer": "AdamW", "schedule": "StepLR"}, {"validate": True}),
 }
-
-
-@pytest.fixture(scope="module")
-def lightning() -> Any:
-    with without_remarks():
-        import lightning.pytorch
-
-        return lightning.pytorch
-
-
-def difference(first: Any, second: Any) -> float:
-    one, other = first.state_dict(), second.state_dict()
-    assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 def keeps(folder: Path, **options: Any) -> L.callbacks.ModelCheckpoint:

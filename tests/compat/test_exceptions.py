@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,21 +200,7 @@ BUILT_IN: dict[str, tuple[type[Exception], Callable[[Package, Path], Any]]] = {
 }
 
 
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    """Lightning warns of many things that are not the point here."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [each.level for each in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for each in loggers:
-            each.setLevel(logging.ERROR)
-        yield
-    for each, level in zip(loggers, levels, strict=True):
-        each.setLevel(level)
-
-
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.usefixtures("quiet_lightning")
 @pytest.mark.parametrize("case", CASES)
 def test_what_lightning_misconfigures_can_be_caught(case: str, tmp_path: Path) -> None:
     pytest.importorskip("lightning.pytorch")
@@ -229,7 +213,7 @@ def test_what_lightning_misconfigures_can_be_caught(case: str, tmp_path: Path) -
     assert isinstance(caught.value, LeydenError)
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.usefixtures("quiet_lightning")
 @pytest.mark.parametrize("case", BUILT_IN)
 @pytest.mark.parametrize("root", ["lightning.pytorch", "leyden"])
 def test_what_is_caught_by_a_built_in_name(root: str, case: str, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from leyden.checkpoint.format import read_about
 from leyden.compat.convert import convert
 from leyden.compat.hparams_file import read_hparams_file
 from leyden.errors import CheckpointError, LeydenWarning
-from lightning_files import BATCHES, data, leyden_fit, lightning_fit, net, saver, without_remarks
+from lightning_files import BATCHES, data, difference, leyden_fit, lightning_fit, net, saver, without_remarks
 from quiet import make_trainer
 
 # Of how many epochs a file is of is what each library counts; the runs are on CPU, on the same unshuffled data.
@@ -36,22 +36,8 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def lightning() -> Any:
-    with without_remarks():
-        import lightning.pytorch
-
-        return lightning.pytorch
-
-
 def bases(lightning: Any, validates: bool = False) -> tuple[Any, Any]:
     return net(lightning.LightningModule, validates), net(L.LightningModule, validates)
-
-
-def difference(first: Any, second: Any) -> float:
-    one, other = first.state_dict(), second.state_dict()
-    assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 def like(path: Path, **options: Any) -> L.callbacks.ModelCheckpoint:

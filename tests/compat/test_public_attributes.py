@@ -5,11 +5,9 @@ The values are compared, hook by hook: the same small run under both packages, e
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -317,21 +315,7 @@ BEFORE_TRAINING = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    """Lightning advises a lot."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [each.level for each in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for each in loggers:
-            each.setLevel(logging.ERROR)
-        yield
-    for each, level in zip(loggers, levels, strict=True):
-        each.setLevel(level)
-
-
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.usefixtures("quiet_lightning")
 @pytest.mark.parametrize("accumulate", [1, 2])  # with 3 the last window is shorter, and divided by its real size
 def test_callbacks_read_the_same_values_in_every_hook(accumulate: int, tmp_path: Path) -> None:
     pytest.importorskip("lightning.pytorch")
@@ -372,7 +356,7 @@ def is_deliberate(name: str, hook: str, mine: Any, value: Any) -> bool:
     return False
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.usefixtures("quiet_lightning")
 @pytest.mark.parametrize("root", ["lightning.pytorch", "leyden"])
 def test_the_state_after_an_exception_and_in_it(root: str, tmp_path: Path) -> None:
     pytest.importorskip(root)

@@ -119,6 +119,11 @@ class Dress:
                 vars(owner)[name] = before
         self._before_it.clear()
 
+    @property
+    def by_turns(self) -> bool:
+        """Whether a batch is several steps, so that the module steps by itself."""
+        return self._turns is not None
+
     def greet(self) -> None:
         """Call what callbacks of 2020 have for the moment when a Trainer is made; once."""
         for hook in self._greetings:

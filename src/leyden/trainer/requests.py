@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -18,23 +17,20 @@ from leyden.checkpoint.writer import Writer
 from leyden.errors import LeydenError
 from leyden.ranks import told_of_waiting
 from leyden.strategy import find_place, gathered
-from leyden.trainer.view import TrainerView
+from leyden.trainer.former import TrainerOfFormerDays
 
 if TYPE_CHECKING:
-    from leyden.compat.dress import Dress
     from leyden.trainer import Trainer
 
 R = TypeVar("R")
 
 
-class TrainerRequests(TrainerView):
+class TrainerRequests(TrainerOfFormerDays):
     """The public verbs beside the four: abstract, and there so that those have a page of their own."""
 
-    truncated_bptt_steps: int | None
     _ckpt_path: str | os.PathLike[str] | None
     _writer: Writer
     _requests: list[Callable[[], None]]
-    _dress: Dress | None = None
 
     def at_step_boundary(self, action: Callable[[], None]) -> None:
         """Call ``action`` once at the next safe place: between two steps, after the hooks that run now.
@@ -60,72 +56,6 @@ class TrainerRequests(TrainerView):
             self._run.agreement.ask(index)
         else:
             self.at_step_boundary(self._requests[index])
-
-    @classmethod
-    def add_argparse_args(cls, parent_parser: ArgumentParser) -> ArgumentParser:
-        """Former way to have a Trainer's arguments on the command line."""
-        from leyden.compat.argparse_2020 import add_arguments
-        from leyden.compat.arguments import FORMER_NAMES
-
-        return add_arguments(cls, parent_parser, FORMER_NAMES)
-
-    @classmethod
-    def from_argparse_args(cls, args: Namespace | ArgumentParser, **kwargs: Any) -> Self:
-        """Former way to make a Trainer from the command line: of ``args`` it takes what it knows."""
-        from leyden.compat.argparse_2020 import arguments_from
-        from leyden.compat.arguments import FORMER_NAMES
-
-        return cls(**arguments_from(cls, args, kwargs, FORMER_NAMES))
-
-    @classmethod
-    def parse_argparser(cls, arg_parser: ArgumentParser | Namespace) -> Namespace:
-        """Former way to read the command line for a Trainer."""
-        from leyden.compat.argparse_2020 import parsed
-
-        return parsed(arg_parser)
-
-    @classmethod
-    def default_attributes(cls) -> dict[str, Any]:
-        """Former way to ask for the default of each of the Trainer's arguments."""
-        from leyden.compat.argparse_2020 import defaults_of
-
-        return defaults_of(cls)
-
-    @classmethod
-    def get_init_arguments_and_types(cls) -> list[tuple[str, tuple[type, ...], Any]]:
-        """Former way to ask for name, types and default of each of the Trainer's arguments."""
-        from leyden.compat.argparse_2020 import names_types_defaults
-
-        return names_types_defaults(cls)
-
-    def _loaders(self, verb: str, name: str, loaders: Any, former: dict[str, Any]) -> Any:
-        """The loaders that a verb was given, under whichever name."""
-        if not former:
-            return loaders
-        from leyden.compat.verbs import former_loaders
-
-        return former_loaders(verb, name, loaders, former)
-
-    @property
-    def _takes_turns(self) -> bool:
-        """Whether a module of former days makes several steps in a batch, which it does as if it optimized manually."""
-        return self._dress is not None and self._dress._turns is not None
-
-    def _undress(self) -> None:
-        """Leave a module of former days as its user made it."""
-        if self._dress is not None:
-            self._dress.undo()
-        self._dress = None
-
-    if not TYPE_CHECKING:  # else every misspelt attribute would pass for one
-
-        def __getattr__(self, name: str) -> Any:
-            # Only for what is not there: attributes that Trainers had in former days.
-            if name.startswith("_") or hasattr(type(self), name):
-                return object.__getattribute__(self, name)
-            from leyden.compat.former_attributes import trainer_attribute
-
-            return trainer_attribute(self, name)
 
     def find_ranks(self) -> None:
         """Learn from the environment which process this is, in one that was made from another; for the launcher."""

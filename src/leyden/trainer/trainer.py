@@ -240,12 +240,7 @@ class Trainer(TrainerRequests):
         dataloaders = self._loaders("validate", "dataloaders", dataloaders, former)
         if self.strategy.start_method is not None:
             return self._launch(self.validate, model, dataloaders, ckpt_path, verbose, datamodule)
-        results: list[dict[str, float]] = []  # of a run that is interrupted at a prompt
-        with self._evaluating("validate", model, dataloaders, ckpt_path, datamodule) as evaluation:
-            loop.evaluate(evaluation)
-            results = evaluation.metrics.evaluation_results(len(evaluation.sources))
-            loop.report(evaluation)
-        return results
+        return self._evaluate("validate", model, dataloaders, ckpt_path, datamodule)
 
     def test(
         self,
@@ -260,8 +255,11 @@ class Trainer(TrainerRequests):
         dataloaders = self._loaders("test", "dataloaders", dataloaders, former)
         if self.strategy.start_method is not None:
             return self._launch(self.test, model, dataloaders, ckpt_path, verbose, datamodule)
+        return self._evaluate("test", model, dataloaders, ckpt_path, datamodule)
+
+    def _evaluate(self, verb: str, model: LightningModule | None, *given: Any) -> list[dict[str, float]]:
         results: list[dict[str, float]] = []  # of a run that is interrupted at a prompt
-        with self._evaluating("test", model, dataloaders, ckpt_path, datamodule) as evaluation:
+        with self._evaluating(verb, model, *given) as evaluation:
             loop.evaluate(evaluation)
             results = evaluation.metrics.evaluation_results(len(evaluation.sources))
             loop.report(evaluation)
